@@ -1,0 +1,70 @@
+"""The vector-environment contract that tabletop and ManiSkill obey."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """Result of one action in every environment.
+
+    Attributes:
+        image: RGB frame after the action, 0 to 255.
+        reward: Difference of the potential 0.1·grasped + 0.1·consecutive + 1.0·(success ∧ grasped).
+        terminated: True where the task ended the episode. Never by default: episodes have a fixed
+            length and success is read at the last step, as in RL4VLA.
+        truncated: True at the horizon.
+        info: ``success`` (now), ``success_once``, ``grasped`` and ``consecutive_grasp`` (both sticky:
+            true once they have been true), each Bool [B]; environments may add more.
+    """
+
+    image: UInt8[Tensor, "B H W 3"]
+    reward: Float[Tensor, " B"]
+    terminated: Bool[Tensor, " B"]
+    truncated: Bool[Tensor, " B"]
+    info: dict[str, Tensor]
+
+
+class VectorEnv(Protocol):
+    """B episodes that start together and are stepped as one batch of tensors on one device.
+
+    The episode id alone decides everything an episode contains: the scene, the instruction and all
+    later randomness. So the same id and the same actions give the same episode in any batch.
+    After an episode has terminated its state is frozen, its reward 0, its info kept.
+    """
+
+    num_envs: int
+    horizon: int
+    image_shape: tuple[int, int, int]
+    device: torch.device
+
+    @property
+    def instructions(self) -> Sequence[str]:
+        """What each of the B running episodes asks for."""
+        ...
+
+    def reset(self, episode_ids: Int[Tensor, " B"]) -> UInt8[Tensor, "B H W 3"]:
+        """Start the episodes with these ids (int64) and return the first frames.
+
+        Raises:
+            ValueError: If there are not exactly ``num_envs`` ids or an id is negative.
+        """
+        ...
+
+    def step(self, action: Float[Tensor, "B 7"]) -> Step:
+        """Apply Δx Δy Δz (m), Δroll Δpitch Δyaw (rad) and the gripper (above 0.5 opens).
+
+        Values beyond the environment's limits are clipped to them.
+
+        Raises:
+            ValueError: If the shape is wrong or a value is not finite.
+            RuntimeError: If called before ``reset`` or after the horizon.
+        """
+        ...

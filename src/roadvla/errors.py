@@ -1,0 +1,24 @@
+"""The one exception that reaches people: a line that names the value, what was expected, the fix."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Bad input; the command line prints its message as one line and exits with code 2."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
+    """Build the error for a name that does not exist, with the nearest one that does.
+
+    Args:
+        kind: What was named, e.g. ``"preset"``.
+        name: The name given.
+        known: The names there are.
+    """
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return UserError(f"unknown {kind} {name!r}: {hint}known: {', '.join(names)}")

@@ -1,0 +1,60 @@
+"""The interface every policy has, from the tiny VLA to OpenVLA-7B."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from roadvla.types import Observation, PolicyOutput
+
+
+class Policy(Protocol):
+    """A vision-language-action policy over K action tokens of V bins, with a value head."""
+
+    num_tokens: int
+    num_bins: int
+
+    def tokenize(self, instructions: Sequence[str]) -> Int[Tensor, "B L"]:
+        """Turn instructions into prompt ids on the policy's device, padded on the right with 0."""
+        ...
+
+    def act(
+        self,
+        observation: Observation,
+        *,
+        temperature: float,
+        generator: torch.Generator | None = None,
+        keep_logits: bool = False,
+    ) -> PolicyOutput:
+        """Sample one action per observation, without gradient; temperature 0 is greedy."""
+        ...
+
+    def evaluate(
+        self, observation: Observation, action_tokens: Int[Tensor, "N K"]
+    ) -> tuple[Float[Tensor, "N K V"], Float[Tensor, " N"]]:
+        """Teacher-forced raw logits of all K positions and the value, in one pass, with gradient."""
+        ...
+
+    def value(self, observation: Observation) -> Float[Tensor, " N"]:
+        """Value alone: a prefill without any action token."""
+        ...
+
+    def decode(self, action_tokens: Int[Tensor, "*N K"]) -> Float[Tensor, "*N K"]:
+        """Bins to un-normalized actions: metres, radians, gripper in [0, 1] (1 opens)."""
+        ...
+
+    def encode(self, action: Float[Tensor, "*N K"]) -> Int[Tensor, "*N K"]:
+        """Un-normalized actions to bins, clipped to the range of the statistics."""
+        ...
+
+    def policy_parameters(self) -> Iterable[nn.Parameter]:
+        """Trainable parameters but the value head's."""
+        ...
+
+    def value_parameters(self) -> Iterable[nn.Parameter]:
+        """Trainable parameters of the value head."""
+        ...
