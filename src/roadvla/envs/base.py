@@ -21,8 +21,8 @@ class Step:
         terminated: True where the task ended the episode. Never by default: episodes have a fixed
             length and success is read at the last step, as in RL4VLA.
         truncated: True at the horizon.
-        info: ``success`` (now), ``success_once``, ``grasped`` and ``consecutive_grasp`` (both sticky:
-            true once they have been true), each Bool [B]; environments may add more.
+        info: ``success`` (now), ``success_once``, ``grasped`` and ``consecutive_grasp`` (both are
+            sticky: true once they have been true), each Bool [B]; environments may add more.
     """
 
     image: UInt8[Tensor, "B H W 3"]

@@ -51,6 +51,10 @@ class Policy(Protocol):
         """Un-normalized actions to bins, clipped to the range of the statistics."""
         ...
 
+    def shares_vision(self, other: object) -> bool:
+        """Whether the vision features of both policies are the same, so that one pass serves both."""
+        ...
+
     def policy_parameters(self) -> Iterable[nn.Parameter]:
         """Trainable parameters but the value head's."""
         ...

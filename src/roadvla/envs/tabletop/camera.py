@@ -27,7 +27,7 @@ class Camera:
         ground: Where each ray meets the table plane z = 0, metres.
     """
 
-    origin: Float[Tensor, "3"]
+    origin: Float[Tensor, " 3"]
     axes: Float[Tensor, "3 3"]
     focal: float
     rays: Float[Tensor, "P 3"]

@@ -1,4 +1,4 @@
-"""Kinematics of the gripper and of what it holds: no forces, no trigonometry, no Python loop over B.
+"""Kinematics of the gripper and of what it holds: no forces, no trigonometry, no loop over B.
 
 As in the scenes, only exactly rounded operations touch the state, so that a state is bit-identical
 in any batch and on any device.

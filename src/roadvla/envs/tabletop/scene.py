@@ -126,7 +126,7 @@ def _receptacle_colours(ids: Tensor, distribution: Distribution) -> Tensor:
 
 
 def _gripper(ids: Tensor, distribution: Distribution) -> Tensor:
-    """Start pose: within 2 cm of the usual one, or (shifted) anywhere in a box five times as wide."""
+    """Start pose: within 2 cm of the usual one or, shifted, anywhere in a far wider box."""
     u = uniform(ids, 6, 6) * 2 - 1
     spread = (0.02, 0.02, 0.02, 0.0, 0.0, 0.0)
     if distribution.shifted_pose:

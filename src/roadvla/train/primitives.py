@@ -1,0 +1,219 @@
+"""Pretraining data of the tiny VLA: random tabletop states, a primitive prompt, the right action.
+
+The states are drawn independently of each other, so there are no trajectories, no rewards and no
+demonstration of the suite's task: the prompts ask to reach, pick or touch named things.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, UInt8
+from torch import Tensor
+
+from roadvla.envs.suite import Distribution
+from roadvla.envs.tabletop.dynamics import State, initial_state, yaw_error
+from roadvla.envs.tabletop.noise import uniform
+from roadvla.envs.tabletop.render import Frame, Renderer, quantize
+from roadvla.envs.tabletop.scene import COLOURS, ELONGATED, NUM_TABLES, SHAPES, Scene, sample_scene
+from roadvla.envs.tabletop.shifts import crop_overlays
+from roadvla.envs.tabletop.textures import overlays
+
+_STREAM = 9000
+_OVERLAY_SEED = 70  # not the suite's: its overlays stay unseen
+_APPROACH = 0.10
+_HOVER = 0.09
+_LIMITS = (0.04, 0.04, 0.04, 0.35, 0.35, 0.35)
+_GAIN = 0.7
+
+# Which things may stand beside the named ones; any colour and shape is allowed.
+_DISTRIBUTIONS = tuple(
+    Distribution(
+        unseen_objects=unseen,
+        unseen_receptacles=other,
+        distractor_objects=objects,
+        distractor_receptacles=receptacles,
+        shifted_pose=True,
+    )
+    for unseen in (False, True)
+    for other in (False, True)
+    for objects, receptacles in ((0, 0), (1, 0), (0, 1), (1, 1))
+)
+
+
+@dataclass(frozen=True)
+class Primitives:
+    """A batch of states with prompts and labels.
+
+    Attributes:
+        image: Frames.
+        prompts: One per frame.
+        action: The action that carries the prompt out: metres, radians, gripper in [0, 1].
+        geometry: Tip to object (3) and to receptacle (2) in decimetres, sine and cosine of twice
+            the yaw error, whether the object is held.
+        named: Which of these the prompt decides.
+    """
+
+    image: UInt8[Tensor, "B H W 3"]
+    prompts: list[str]
+    action: Float[Tensor, "B 7"]
+    geometry: Float[Tensor, "B 8"]
+    named: Bool[Tensor, "B 8"]
+
+
+class PrimitiveSampler:
+    """Draws batches of primitives; batch ``index`` is the same on every call.
+
+    Args:
+        batch: States per batch.
+        device: Where they live.
+    """
+
+    def __init__(self, batch: int, device: torch.device) -> None:
+        self.batch = batch
+        self.device = device
+        self._renderer = Renderer(device)
+        self._overlays = overlays(_OVERLAY_SEED).to(device)
+
+    def sample(self, index: int) -> Primitives:
+        """Draw one batch."""
+        ids = torch.arange(self.batch, device=self.device) + (1 << 40) + index * self.batch
+        scene = sample_scene(ids, _DISTRIBUTIONS[index % len(_DISTRIBUTIONS)])
+        scene = replace(scene, table=scene.table % NUM_TABLES)
+        state = _random_state(scene, ids)
+        self._renderer.bake(scene)
+        image = self._augment(self._renderer.render(state, scene), ids)
+        verb = (uniform(ids, _STREAM, 1)[:, 0] * len(_VERBS)).long()
+        reach, go, pick = _reach(state, scene), _go(state, scene), _pick(state, scene)
+        touch = torch.where((state.held == 0)[:, None], go, reach)
+        actions = torch.stack([reach, go, pick, touch], 1)
+        return Primitives(
+            image=quantize(image),
+            prompts=_prompts(scene, verb),
+            action=grid(actions.gather(1, verb[:, None, None].expand(-1, 1, 7))[:, 0]),
+            geometry=_geometry(state, scene),
+            named=torch.tensor(_NAMED, device=self.device)[verb],
+        )
+
+    def _augment(self, frame: Frame, ids: Tensor) -> Tensor:
+        """Lay foreign textures over frame, things or table, and jitter brightness and colour."""
+        u = uniform(ids, _STREAM + 1, 12)
+        texture_index = (u[:, 0] * len(self._overlays)).long()
+        texture = crop_overlays(self._overlays, texture_index, u[:, 1:4])
+        mode = u[:, 4, None]
+        everywhere = torch.ones_like(frame.foreground)
+        where = torch.where(mode < 0.15, everywhere, frame.foreground)
+        where = torch.where(mode > 0.3, ~frame.foreground, where)
+        strength = torch.where(mode < 0.3, 0.55, 1.0) * u[:, 5, None]
+        strength = torch.where(mode < 0.55, strength, 0.0)
+        colour = torch.lerp(frame.colour, texture, (strength * where)[..., None])
+        gain = 1 + 0.3 * (u[:, 6:9] - 0.5)
+        return ((colour - 0.5) * gain[:, None] + 0.5 + 0.16 * (u[:, 9:12] - 0.5)[:, None]).clamp(
+            0, 1
+        )
+
+
+def _random_state(scene: Scene, ids: Tensor) -> State:
+    """Gripper anywhere, often near the object or receptacle; a third hold the named object."""
+    u = uniform(ids, _STREAM + 2, 16)
+    state = initial_state(scene)
+    anywhere = torch.stack(
+        [(u[:, 0] - 0.5) * 0.30, (u[:, 1] - 0.5) * 0.38, 0.015 + u[:, 2] * 0.175], 1
+    )
+    near = torch.where(u[:, 3, None] < 0.7, scene.object_xy[:, 0], scene.receptacle_xy[:, 0])
+    near = near + (u[:, 4:6] - 0.5) * 0.09
+    tip = torch.where((u[:, 6] < 0.6)[:, None], torch.cat([near, anywhere[:, 2:]], 1), anywhere)
+    tilt = (u[:, 7:9] - 0.5) * 0.5
+    gripper = torch.cat([tip, tilt, (u[:, 9:10] - 0.5) * 2.2], 1)
+    holding = u[:, 10] < 0.33
+    offset = torch.cat([(u[:, 11:13] - 0.5) * 0.03, -u[:, 13:14] * 0.015], 1)
+    position, yaw = state.object_position.clone(), state.object_yaw.clone()
+    position[:, 0] = torch.where(holding[:, None], tip + offset, position[:, 0])
+    yaw[:, 0] = torch.where(holding, gripper[:, 5] + (u[:, 14] - 0.5), yaw[:, 0])
+    placed = ~holding & (u[:, 15] < 0.12)
+    position[:, 0, :2] = torch.where(
+        placed[:, None], scene.receptacle_xy[:, 0] + offset[:, :2], position[:, 0, :2]
+    )
+    is_open = torch.where(holding, False, u[:, 12] < 0.8)
+    return replace(
+        state,
+        gripper=gripper,
+        is_open=is_open,
+        held=torch.where(holding, 0, -1),
+        object_position=position,
+        object_yaw=yaw,
+    )
+
+
+def _geometry(state: State, scene: Scene) -> Tensor:
+    tip = state.gripper[:, :3]
+    to_object = (state.object_position[:, 0] - tip) * 10
+    to_receptacle = (scene.receptacle_xy[:, 0] - tip[:, :2]) * 10
+    yaw = 2 * _yaw(state, scene)
+    held = (state.held == 0).float()
+    return torch.cat([to_object, to_receptacle, torch.stack([yaw.sin(), yaw.cos(), held], 1)], 1)
+
+
+def _yaw(state: State, scene: Scene) -> Tensor:
+    """Yaw error of an elongated object, 0 for the others, which look the same from two sides."""
+    error = yaw_error(state.object_yaw, state.gripper[:, 5:])[:, 0]
+    return torch.where(ELONGATED.to(error.device)[scene.shape[:, 0]], error, 0.0)
+
+
+def _motion(state: State, delta: Tensor, turn: Tensor, opened: Tensor) -> Tensor:
+    rotation = torch.stack([-state.gripper[:, 3], -state.gripper[:, 4], turn], 1)
+    limits = delta.new_tensor(_LIMITS)
+    motion = (torch.cat([delta, rotation], 1) * _GAIN).clamp(-limits, limits)
+    return torch.cat([motion, opened.float()[:, None]], 1)
+
+
+def _reach(state: State, scene: Scene) -> Tensor:
+    """Go straight to the object with the gripper open."""
+    delta = state.object_position[:, 0] - state.gripper[:, :3]
+    return _motion(state, delta, _yaw(state, scene), torch.ones_like(state.is_open))
+
+
+def _go(state: State, scene: Scene) -> Tensor:
+    """Go above the receptacle and leave the fingers as they are."""
+    to_receptacle = scene.receptacle_xy[:, 0] - state.gripper[:, :2]
+    delta = torch.cat([to_receptacle, _HOVER - state.gripper[:, 2:3]], 1)
+    return _motion(state, delta, torch.zeros_like(delta[:, 0]), state.is_open)
+
+
+def _pick(state: State, scene: Scene) -> Tensor:
+    """Approach from above, close on the object, and lift what is held."""
+    tip, target = state.gripper[:, :3], state.object_position[:, 0]
+    delta, yaw = target - tip, _yaw(state, scene)
+    distance = delta[:, :2].square().sum(1).sqrt()
+    aligned = yaw.abs() < 0.35
+    above = (target[:, 2] + _APPROACH - tip[:, 2])[:, None]
+    descend = ((distance < 0.025) & aligned)[:, None]
+    holding = state.held == 0
+    z = torch.where(descend, delta[:, 2:], above)
+    z = torch.where(holding[:, None], _HOVER - tip[:, 2:3], z)
+    xy = torch.where(holding[:, None], 0.0, delta[:, :2])
+    close = (distance < 0.015) & (delta[:, 2].abs() < 0.02) & aligned
+    turn = torch.where(holding, 0.0, yaw)
+    return _motion(state, torch.cat([xy, z], 1), turn, ~(close | holding))
+
+
+_VERBS = ("reach", "go", "pick", "touch")
+_NAMED = tuple([thing in things for thing in "ooorrooo"] for things in ("o", "r", "o", "or"))
+
+
+def _prompts(scene: Scene, verb: Tensor) -> list[str]:
+    columns = [verb, scene.colour[:, 0], scene.shape[:, 0], scene.receptacle_colour[:, 0]]
+    prompts = []
+    for v, c, s, r in torch.stack(columns, 1).tolist():
+        thing, receptacle = f"{COLOURS[c]} {SHAPES[s]}", f"{COLOURS[r]} plate"
+        text = {0: f"reach {thing}", 1: f"go to {receptacle}", 2: f"pick {thing}"}
+        prompts.append(text.get(v, f"touch {thing} then {receptacle}"))
+    return prompts
+
+
+def grid(action: Float[Tensor, "B 7"], levels: int = 8) -> Float[Tensor, "B 7"]:
+    """Round the six motions to multiples of 1/levels of their limits."""
+    limits = action.new_tensor(_LIMITS)
+    rounded = torch.round(action[:, :6] / limits * levels) / levels * limits
+    return torch.cat([rounded, action[:, 6:]], 1)
