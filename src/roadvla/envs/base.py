@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int, UInt8
@@ -32,6 +32,7 @@ class Step:
     info: dict[str, Tensor]
 
 
+@runtime_checkable
 class VectorEnv(Protocol):
     """B episodes that start together and are stepped as one batch of tensors on one device.
 

@@ -50,8 +50,8 @@ def _smooth(g: torch.Generator, size: int) -> Tensor:
     field = torch.zeros(size, size, 3)
     for _ in range(6):
         k = torch.randint(-2, 3, (2,), generator=g)
-        wave = torch.cos(k[0] * x + k[1] * y + _rand(g, 0, 2 * math.pi, 1))
-        field += wave[..., None] * _rand(g, -1, 1, 3)
+        wave = torch.cos(k[0] * x + k[1] * y + _rand(g, 0.0, 2 * math.pi, 1))
+        field += wave[..., None] * _rand(g, -1.0, 1.0, 3)
     low, high = field.amin((0, 1)), field.amax((0, 1))
     return (field - low) / (high - low + 1e-6)
 
@@ -61,10 +61,12 @@ def _wood(g: torch.Generator, points: Tensor, *, plain: bool) -> Tensor:
     ground = _rand(g, 0.38, 0.72, 1) + _rand(g, -0.07, 0.07, 3)
     if plain:
         return ground.expand(len(points), 3)
-    angle = _rand(g, 0, math.pi, 1)
+    angle = _rand(g, 0.0, math.pi, 1)
     along = points[:, 0] * torch.cos(angle) + points[:, 1] * torch.sin(angle)
     across = points[:, 1] * torch.cos(angle) - points[:, 0] * torch.sin(angle)
-    grain = torch.sin(across * _rand(g, 60, 140, 1) + 2 * torch.sin(along * _rand(g, 8, 20, 1)))
+    grain = torch.sin(
+        across * _rand(g, 60.0, 140.0, 1) + 2 * torch.sin(along * _rand(g, 8.0, 20.0, 1))
+    )
     return ground + 0.06 * grain[:, None]
 
 
@@ -82,8 +84,8 @@ def _checker(g: torch.Generator, points: Tensor) -> Tensor:
 
 def _marble(g: torch.Generator, points: Tensor) -> Tensor:
     first, second = _two_colours(g)
-    k = _rand(g, 12, 30, 2)
-    vein = torch.sin((points * k).sum(-1) + 3 * torch.sin(points[:, 0] * _rand(g, 20, 45, 1)))
+    k = _rand(g, 12.0, 30.0, 2)
+    vein = torch.sin((points * k).sum(-1) + 3 * torch.sin(points[:, 0] * _rand(g, 20.0, 45.0, 1)))
     return first + (second - first) * (0.5 + 0.5 * vein)[:, None]
 
 
