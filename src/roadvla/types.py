@@ -64,6 +64,7 @@ class Rollout:
         last_value: Critic's value of the observation after the last step.
         logits: Behaviour policy's raw logits, kept for rollout-time teachers only.
         outcome: Info of each episode at its last active step, e.g. ``"success"``, each [B].
+        last_observation: What followed the last action, kept only when values bootstrap from it.
     """
 
     observation: Observation
@@ -77,6 +78,7 @@ class Rollout:
     last_value: Float[Tensor, " B"]
     outcome: dict[str, Tensor]
     logits: Float[Tensor, "T B K V"] | None = None
+    last_observation: Observation | None = None
 
 
 @dataclass(frozen=True)

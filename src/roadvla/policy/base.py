@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from roadvla.types import Observation, PolicyOutput
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A vision-language-action policy over K action tokens of V bins, with a value head."""
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,6 +19,7 @@ from roadvla.policy.tiny_layers import (
     DecoderLayer,
     Resampler,
     VisionTower,
+    linear,
 )
 from roadvla.policy.vocabulary import MAX_PROMPT, PAD, WORDS, Tokenizer
 from roadvla.types import Observation, PolicyOutput
@@ -109,10 +111,10 @@ class TinyVLA(nn.Module):
         self.norm = nn.LayerNorm(a.width)
         self.bins = BinTables(NUM_TOKENS, NUM_BINS, a.width)
         self.value_head = nn.Sequential(
-            nn.Linear(a.width, a.value_width), nn.GELU(), nn.Linear(a.value_width, 1)
+            linear(a.width, a.value_width, gain=1.0),
+            nn.GELU(),
+            linear(a.value_width, 1, gain=0.2),
         )
-        nn.init.normal_(self.value_head[2].weight, std=0.02)
-        nn.init.zeros_(self.value_head[2].bias)
         self.freeze_vision()
 
     # What the tower is: frozen (features may be kept and shared) or trained.
@@ -176,20 +178,29 @@ class TinyVLA(nn.Module):
         """Vision features: those the observation brings, else the tower's.
 
         Raises:
-            ValueError: If features are brought although the tower is being trained.
+            ValueError: If features without gradient are brought although the tower is trained.
         """
-        if observation.vision is not None:
-            if not self.vision_frozen:
-                raise ValueError("observation.vision must be None while the tower is trained")
-            return observation.vision
+        brought = observation.vision
+        if brought is not None:
+            if torch.is_grad_enabled() and not (self.vision_frozen or brought.requires_grad):
+                raise ValueError("observation.vision carries no gradient but the tower is trained")
+            return brought
         if not self.vision_frozen:
             return self.vision(observation.image)
         with torch.no_grad():
             return self.vision(observation.image)
 
-    def visual_tokens(self, observation: Observation) -> Float[Tensor, "N Q E"]:
-        """What the resampler saw: one token per query, without the decoder."""
-        return self._prefix(observation)[0][:, : self.architecture.queries]
+    def ground(
+        self, observation: Observation
+    ) -> tuple[Float[Tensor, "N Q E"], Float[Tensor, "N Q P"]]:
+        """Visual tokens and the log-attention of each over the patches, with gradient.
+
+        Patches run row by row from the top left. This is what pretraining can teach directly: where
+        the thing that the prompt names is in the frame.
+        """
+        text, valid = self._embed(observation.prompt)
+        visual, scores = self.resampler.look(text, valid, self.features(observation))
+        return visual, scores.log_softmax(dim=-1)
 
     def evaluate(
         self, observation: Observation, action_tokens: Int[Tensor, "N K"]
@@ -210,7 +221,7 @@ class TinyVLA(nn.Module):
 
     def value(self, observation: Observation) -> Float[Tensor, " N"]:
         """Value alone: a prefill without any action token."""
-        return self._value(self._prefill(observation)[0])
+        return self._value(self._prefill(observation, keep=False)[0])
 
     @torch.no_grad()
     def act(
@@ -234,7 +245,7 @@ class TinyVLA(nn.Module):
             raise ValueError(f"temperature is {temperature}; it must be at least 0")
         vision = self.features(observation)
         observation = Observation(observation.image, observation.prompt, vision)
-        hidden, cache, mask = self._prefill(observation)
+        hidden, cache, mask = self._prefill(observation, keep=True)
         count, length = hidden.shape[0], mask.shape[-1] - NUM_TOKENS + 1
         value = self._value(hidden)
         where = generator.device if generator is not None else hidden.device
@@ -247,7 +258,7 @@ class TinyVLA(nn.Module):
                 x = self.bins.embed_one(index - 1, tokens[:, index - 1])
                 x = x + self.action_position[index]
                 for layer, kept in zip(self.layers, cache, strict=True):
-                    x = layer.step(x, kept, length + index - 1, mask[:, :, -1])
+                    x = cast(DecoderLayer, layer).step(x, kept, length + index - 1, mask[:, :, -1])
                 hidden = self.norm(x)
             scores = self.bins.logits_one(index, hidden)
             if keep_logits:
@@ -265,13 +276,18 @@ class TinyVLA(nn.Module):
             vision=vision if self.vision_frozen else None,
         )
 
+    def _embed(
+        self, prompt: Int[Tensor, "N L"]
+    ) -> tuple[Float[Tensor, "N L E"], Bool[Tensor, "N L"]]:
+        text = F.embedding(prompt, self.words) + self.word_position[: prompt.shape[1]]
+        return text, prompt != PAD
+
     def _prefix(
         self, observation: Observation
     ) -> tuple[Float[Tensor, "N S E"], Float[Tensor, "#N 1 M M"]]:
         """Embed [visual | prompt | act]; the mask already counts the K - 1 action tokens after."""
         prompt = observation.prompt
-        valid = prompt != PAD
-        text = F.embedding(prompt, self.words) + self.word_position[: prompt.shape[1]]
+        text, valid = self._embed(prompt)
         visual = self.resampler(text, valid, self.features(observation))
         act = self.action_position[:1].expand(prompt.shape[0], 1, -1)
         prefix = torch.cat([visual + self.visual_position, text, act], dim=1)
@@ -285,15 +301,15 @@ class TinyVLA(nn.Module):
         return prefix, hidden.to(prefix.dtype) * MASKED
 
     def _prefill(
-        self, observation: Observation
+        self, observation: Observation, *, keep: bool
     ) -> tuple[Float[Tensor, "N E"], list[Float[Tensor, "2 N h M d"]], Float[Tensor, "#N 1 M M"]]:
-        """Run the prefix: the final state of ``act``, and caches with room for the action."""
+        """Run the prefix: the final state of ``act``, and caches (if kept) with room for a₁…a₆."""
         x, mask = self._prefix(observation)
         length, last = x.shape[1], len(self.layers) - 1
         cache = []
         for index, layer in enumerate(self.layers):
             x, k, v = layer(x, mask[:, :, :length, :length], 1 if index == last else length)
-            if not torch.is_grad_enabled():
+            if keep:
                 kept = k.new_empty(2, *k.shape[:2], mask.shape[-1], k.shape[-1])
                 kept[0, :, :, :length], kept[1, :, :, :length] = k, v
                 cache.append(kept)

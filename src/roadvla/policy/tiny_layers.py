@@ -1,4 +1,4 @@
-"""Parts of the tiny VLA: vision tower, language-conditioned resampler, decoder layer, bin tables."""
+"""Parts of the tiny VLA: vision tower, prompt-conditioned resampler, decoder layer, bin tables."""
 
 from __future__ import annotations
 
@@ -110,6 +110,15 @@ class Resampler(nn.Module):
         features: Float[Tensor, "N P D"],
     ) -> Float[Tensor, "N Q E"]:
         """Make the visual tokens; words where ``valid`` is False are not read."""
+        return self.look(text, valid, features)[0]
+
+    def look(
+        self,
+        text: Float[Tensor, "N L E"],
+        valid: Bool[Tensor, "N L"],
+        features: Float[Tensor, "N P D"],
+    ) -> tuple[Float[Tensor, "N Q E"], Float[Tensor, "N Q P"]]:
+        """Make the visual tokens, and the scores that say where each query looked."""
         query = self._read(text, valid)
         q = self.patch_query(self.patch_norm(query)) * (
             self.log_scale.exp() * self.patch_position.shape[1] ** -0.5
@@ -119,7 +128,8 @@ class Resampler(nn.Module):
         seen = torch.matmul(attention, features)
         place = torch.matmul(attention, self.coordinates)
         phase = (place.unsqueeze(-1) * self.frequencies).flatten(-2)
-        return query + self.out(torch.cat([seen, place, phase.sin(), phase.cos()], dim=-1))
+        look = self.out(torch.cat([seen, place, phase.sin(), phase.cos()], dim=-1))
+        return query + look, scores
 
     def _read(
         self, text: Float[Tensor, "N L E"], valid: Bool[Tensor, "N L"]
@@ -178,7 +188,8 @@ class DecoderLayer(nn.Module):
                 .unflatten(-1, (2, self.heads, -1))
                 .permute(2, 0, 3, 1, 4)
             )
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, :, -tail:])
+        scores = torch.matmul(q * self.scale, k.transpose(-1, -2)) + mask[:, :, -tail:]
+        mixed = torch.matmul(scores.softmax(dim=-1), v)
         x = x[:, -tail:] + self.out(mixed.transpose(1, 2).flatten(-2))
         return self._mlp(x), k, v
 
@@ -194,9 +205,10 @@ class DecoderLayer(nn.Module):
         cache[0, :, :, length] = k
         cache[1, :, :, length] = v
         keys, values = cache[0, :, :, : length + 1], cache[1, :, :, : length + 1]
-        scores = torch.matmul(keys, (q * self.scale).unsqueeze(-1)).squeeze(-1)
+        # Elementwise, because a batched product of single rows is slower at this size.
+        scores = (keys * (q * self.scale).unsqueeze(-2)).sum(dim=-1)
         attention = (scores + mask[..., : length + 1]).softmax(dim=-1)
-        mixed = torch.matmul(attention.unsqueeze(-2), values)
+        mixed = (attention.unsqueeze(-1) * values).sum(dim=-2)
         return self._mlp(x + self.out(mixed.flatten(1)))
 
     def _mlp(self, x: Float[Tensor, "*N E"]) -> Float[Tensor, "*N E"]:

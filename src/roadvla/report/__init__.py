@@ -1,0 +1,1 @@
+"""Tables, figures and a page made from the files that runs leave behind, and nothing else."""

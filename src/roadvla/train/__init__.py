@@ -1,0 +1,1 @@
+"""Training: warm-up, rollouts, updates, checkpoints, and the loop around them."""

@@ -1,0 +1,309 @@
+"""The ``roadvla`` command: one function per subcommand.
+
+Modules that load torch are imported inside the functions, so that help comes at once. Whatever a
+person can mend ends as one line on stderr and exit code 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from roadvla import __version__
+from roadvla.errors import UserError, unknown_name
+from roadvla.flags import bound, form_of, parse, value_of
+
+if TYPE_CHECKING:
+    from roadvla.envs.base import VectorEnv
+
+Split = Literal["train", "test"]
+
+
+def pretrain(arguments: list[str]) -> None:
+    """Make the small backbone that the package ships."""
+    from roadvla.policy import save_policy
+    from roadvla.train.pretrain import PretrainConfig
+    from roadvla.train.pretrain import pretrain as run
+
+    form = form_of(
+        PretrainConfig(),
+        output=(Path, Path("runs/backbone"), "Folder for the policy."),
+        force=(bool, False, "Replace the policy in the output folder."),
+    )
+    chosen = parse(form, "pretrain", arguments)
+    if (chosen.output / "policy.json").exists() and not chosen.force:
+        raise UserError(f"{chosen.output} holds a policy: name another --output or pass --force")
+    config = value_of(PretrainConfig, chosen)
+    policy = run(config, report=lambda progress: print(progress, flush=True))
+    save_policy(policy, chosen.output)
+    print(chosen.output)
+
+
+def warmup(arguments: list[str]) -> None:
+    """Fine-tune the backbone on demonstrations of the scripted expert."""
+    from roadvla.train.warmup import WarmUp, run_warm_up
+
+    form = form_of(WarmUp(), force=(bool, False, "Replace the warm-up in the output folder."))
+    chosen = parse(form, "warmup", arguments)
+    print(run_warm_up(value_of(WarmUp, chosen), force=chosen.force))
+
+
+def train(arguments: list[str]) -> None:
+    """Adapt a policy by PPO, ROAD, GRPO or SFT: train PRESET [flags], train --resume RUN."""
+    from roadvla.experiments.presets import PRESETS, get_preset
+    from roadvla.train.config import Experiment
+    from roadvla.train.run_folder import load_experiment
+    from roadvla.train.trainer import train as run
+
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: roadvla train PRESET [flags]\n       roadvla train --resume RUN\n")
+        print("presets:", *sorted(PRESETS), sep="\n  ")
+        print("\nroadvla train PRESET --help lists the flags and what the preset sets them to")
+        return
+    name, *flags = arguments
+    if name == "--resume" and len(flags) == 1:
+        print(run(load_experiment(Path(flags[0])), resume=True))
+        return
+    if name.startswith("-"):
+        raise UserError(f"{name!r} stands where the preset should: roadvla train PRESET [flags]")
+    form = form_of(
+        get_preset(name),
+        short=("algorithm", "optimizer", "rollout"),  # evaluation has a temperature of its own
+        resume=(bool, False, "Continue the run in the output folder, started with these flags."),
+        force=(bool, False, "Replace the run in the output folder."),
+    )
+    chosen = parse(form, f"train {name}", flags)
+    print(run(value_of(Experiment, chosen), resume=chosen.resume, force=chosen.force))
+
+
+def evaluate(
+    checkpoint: tyro.conf.Positional[Path],
+    *,
+    env: str,
+    split: Annotated[Split, tyro.conf.arg(name="set")] = "test",
+    episodes: int = 512,
+    temperature: float = 0.6,
+    record: int = 0,
+    output: Path | None = None,
+    device: str = "cpu",
+) -> None:
+    """Measure a policy's success on numbered episodes, the same for every policy.
+
+    Args:
+        checkpoint: Policy folder, checkpoint, or run folder (its latest checkpoint).
+        env: Setting of Table 3.
+        split: Its training set (in distribution) or its test set (out of distribution).
+        episodes: How many; ids 0, 1, 2, …
+        temperature: Of the action sampling; 0 is greedy.
+        record: Keep the frames of this many episodes.
+        output: Folder for the result; CHECKPOINT/evaluation unless given.
+        device: Where policy and environments live.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from roadvla.evaluation.evaluate import evaluate as run
+    from roadvla.evaluation.files import write_evaluation
+    from roadvla.policy import load_policy
+    from roadvla.train.checkpoint import policy_folder, read_progress
+
+    folder = policy_folder(checkpoint)
+    policy = load_policy(folder, device=device)
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"{env} {split}", total=episodes)
+        result = run(
+            policy,
+            env=env,
+            split=split,
+            episodes=episodes,
+            temperature=temperature,
+            device=device,
+            record=record,
+            on_progress=lambda done, _: progress.update(task, completed=done),
+        )
+    result = replace(result, checkpoint=str(folder))
+    if (folder / "state.json").exists():
+        trained = read_progress(folder)
+        result = replace(result, iteration=trained.iteration, env_steps=trained.env_steps)
+    path = write_evaluation(result, output or checkpoint / "evaluation")
+    print(f"{env} {split}, {episodes} episodes, temperature {temperature:g}")
+    low, high = 100 * result.success_low, 100 * result.success_high
+    print(
+        f"  success at the last step  {100 * result.success_rate:5.1f} %  ({low:.1f} to {high:.1f})"
+    )
+    print(f"  success at any step       {100 * result.success_once_rate:5.1f} %")
+    print(f"  grasped                   {100 * result.grasp_rate:5.1f} %")
+    print(path)
+
+
+def report(
+    runs: tyro.conf.Positional[tuple[Path, ...]],
+    *,
+    output: Path | None = None,
+    baseline: str | None = None,
+) -> None:
+    """Make tables, curves and film strips of finished runs.
+
+    Args:
+        runs: Run folders, or folders that hold some.
+        output: Folder for the report; ``report`` in the folder that holds all runs unless given.
+        baseline: Method to compare with; plain PPO unless given.
+    """
+    from roadvla.report.page import write_report
+
+    if not runs:
+        raise UserError("no run is named: roadvla report RUN [RUN ...]")
+    folder = output or Path(os.path.commonpath([run.resolve() for run in runs])) / "report"
+    command = shlex.join(["roadvla", "report", *map(str, runs)])
+    write_report(runs, folder, baseline=baseline, command=command)
+    print(folder / "report.md")
+
+
+def check_env(
+    env: tyro.conf.Positional[str],
+    *,
+    split: Annotated[Split, tyro.conf.arg(name="set")] = "test",
+) -> None:
+    """Put an environment through the vector-environment contract.
+
+    Args:
+        env: Setting of Table 3, or MODULE:FUNCTION that builds an environment of your own when
+            called with the number of episodes.
+        split: A setting's training set or its test set.
+    """
+    from roadvla.envs import make_env
+    from roadvla.envs.conformance import check_env as run
+
+    def build(num_envs: int) -> VectorEnv:
+        return make_env(env, split=split, num_envs=num_envs)
+
+    checks = run(_imported(env) if ":" in env else build)
+    for check in checks:
+        print(f"{'FAIL' if check.failure else 'ok':<4} {check.name}")
+    broken = [f"{check.name}: {check.failure}" for check in checks if check.failure]
+    if broken:
+        raise UserError(f"{env} breaks {len(broken)} of {len(checks)} requirements; {broken[0]}")
+
+
+def demo(*, output: Path = Path("runs/demo"), seed: int = 0, fast: bool = False) -> None:
+    """Warm up, adapt by PPO and by ROAD, evaluate, report: the whole path in small.
+
+    Args:
+        output: Folder for everything; what is finished in it is kept.
+        seed: Of every random number.
+        fast: A few iterations only, to see that it runs; the policies do not learn.
+    """
+    from roadvla.experiments.demo import run
+
+    run(output=output, seed=seed, fast=fast)
+
+
+def study(
+    name: tyro.conf.Positional[str],
+    *,
+    seeds: tuple[int, ...] = (0, 1, 2),
+    jobs: int = os.cpu_count() or 1,
+    episodes: int = 512,
+    output: Path | None = None,
+) -> None:
+    """Run a named grid of experiments over seeds and report on it.
+
+    Args:
+        name: Which grid, e.g. first-results.
+        seeds: One run of each experiment per seed.
+        jobs: Runs at a time, one thread each.
+        episodes: Of each set in the final evaluations.
+        output: Folder for the runs, runs/NAME unless given; what is finished in it is kept.
+    """
+    from roadvla.experiments.studies import STUDIES, run_study
+
+    if name not in STUDIES:
+        raise unknown_name("study", name, STUDIES)
+    folder = output or Path("runs") / name
+    run_study(STUDIES[name], output=folder, seeds=seeds, jobs=jobs, episodes=episodes)
+
+
+# The flags of these are a configuration's fields, so the functions parse them themselves.
+_CONFIGURED: dict[str, Callable[[list[str]], None]] = {
+    "pretrain": pretrain,
+    "warmup": warmup,
+    "train": train,
+}
+_COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo,
+    "pretrain": pretrain,
+    "warmup": warmup,
+    "train": train,
+    "eval": evaluate,
+    "report": report,
+    "study": study,
+    "check-env": check_env,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a subcommand and return the exit code.
+
+    Args:
+        argv: Arguments without the program's name; the process's own unless given.
+
+    Returns:
+        0; 2 for bad input or a full disk; 130 after Ctrl-C; 141 when the reader of stdout left.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _dispatch(arguments)
+        sys.stdout.flush()
+    except (UserError, OSError) as error:
+        if isinstance(error, BrokenPipeError):
+            # Python flushes stdout once more at exit; nobody reads it.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        return _fail(f"error: {error}", 2)
+    except KeyboardInterrupt as interrupt:
+        return _fail(str(interrupt) or "interrupted", 130)
+    return 0
+
+
+def _dispatch(arguments: list[str]) -> None:
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print("usage: roadvla COMMAND [flags]; roadvla COMMAND --help lists the flags\n")
+        for name, command in _COMMANDS.items():
+            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
+        return
+    name, *flags = arguments
+    if name == "--version":
+        print(f"roadvla {__version__}")
+    elif name in _CONFIGURED:
+        _CONFIGURED[name](flags)
+    elif name in _COMMANDS:
+        parse(bound(_COMMANDS[name]), name, flags)()
+    else:
+        raise unknown_name("command", name, _COMMANDS)
+
+
+def _imported(path: str) -> Any:
+    """Import what ``MODULE:FUNCTION`` names, from the current folder too."""
+    module, _, name = path.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"cannot import {path!r}: {error}") from error
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("ROADVLA_DEBUG"):
+        traceback.print_exc()
+    print("roadvla:", " ".join(message.split()), file=sys.stderr)
+    return code

@@ -1,0 +1,263 @@
+"""Success of a policy on a fixed, numbered set of episodes.
+
+Every method is evaluated on the same episode ids, so that two methods can be compared episode by
+episode. Actions are sampled from generators of their own: neither training nor an earlier
+evaluation changes the outcome.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int, UInt8
+from torch import Tensor
+
+from roadvla import envs
+from roadvla.envs.base import VectorEnv
+from roadvla.errors import UserError
+from roadvla.evaluation.machine import describe_machine
+from roadvla.evaluation.stats import wilson
+from roadvla.policy.base import Policy
+from roadvla.types import Observation
+
+SPLITS = ("train", "test")
+_OUTCOMES = ("success", "success_once", "grasped")
+
+
+@dataclass(frozen=True)
+class Film:
+    """Frames of the first episodes of an evaluation.
+
+    Attributes:
+        frames: The first frame and the one after each action.
+        success: Success at the last step.
+        instructions: What each episode asked for.
+        episode_ids: Which episodes these are.
+    """
+
+    frames: UInt8[Tensor, "n frames H W 3"]
+    success: Bool[Tensor, " n"]
+    instructions: tuple[str, ...]
+    episode_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """Outcome of every episode, and what is needed to run them again.
+
+    Attributes:
+        split: ``train`` (in distribution) or ``test`` (out of distribution).
+        horizon: Actions per episode.
+        seed: Of the action sampling.
+        episode_ids: In the order of the outcomes.
+        success: At the last step.
+        success_once: At any step.
+        grasped: The right object was held at any step.
+        seconds: Wall time.
+        machine: Processor, cores, torch.
+        date: ISO 8601, UTC.
+        torch: Version.
+        checkpoint: Where the policy came from; the caller fills it in.
+        iteration: Training iteration of the policy; the caller fills it in.
+        env_steps: Environment steps the policy was trained for; the caller fills it in.
+        film: Frames of the first episodes, when they were asked for.
+    """
+
+    env: str
+    split: str
+    sim: str
+    temperature: float
+    horizon: int
+    seed: int
+    episode_ids: tuple[int, ...]
+    success: tuple[bool, ...]
+    success_once: tuple[bool, ...]
+    grasped: tuple[bool, ...]
+    seconds: float
+    machine: str
+    date: str
+    torch: str
+    checkpoint: str | None = None
+    iteration: int | None = None
+    env_steps: int | None = None
+    film: Film | None = None
+
+    @property
+    def episodes(self) -> int:
+        """How many episodes were run."""
+        return len(self.episode_ids)
+
+    @property
+    def success_rate(self) -> float:
+        """Share of episodes with success at the last step."""
+        return sum(self.success) / self.episodes
+
+    @property
+    def success_low(self) -> float:
+        """Lower end of the Wilson 95 % interval of ``success_rate``."""
+        return wilson(sum(self.success), self.episodes)[0]
+
+    @property
+    def success_high(self) -> float:
+        """Upper end of the Wilson 95 % interval of ``success_rate``."""
+        return wilson(sum(self.success), self.episodes)[1]
+
+    @property
+    def success_once_rate(self) -> float:
+        """Share of episodes with success at any step."""
+        return sum(self.success_once) / self.episodes
+
+    @property
+    def grasp_rate(self) -> float:
+        """Share of episodes in which the right object was ever held."""
+        return sum(self.grasped) / self.episodes
+
+
+def evaluate(
+    policy: Policy,
+    *,
+    env: str,
+    split: str,
+    sim: str = "tabletop",
+    episodes: int = 512,
+    temperature: float = 0.6,
+    num_envs: int = 64,
+    seed: int = 0,
+    device: str = "cpu",
+    record: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+    make_env: Callable[..., VectorEnv] | None = None,
+) -> Evaluation:
+    """Run the policy on episodes 0 to ``episodes - 1`` and note every outcome.
+
+    The last batch is filled up with further ids whose outcome is dropped, so more episodes with
+    the same ``num_envs`` repeat the outcomes of fewer and add to them.
+
+    Args:
+        policy: On ``device``.
+        env: Setting of the suite, by paper alias or RL4VLA id; the alias is what is kept.
+        split: ``train`` (in distribution) or ``test`` (out of distribution).
+        sim: Simulator.
+        episodes: How many.
+        temperature: Of the action sampling; 0 is greedy.
+        num_envs: Episodes run at once; the sampled actions depend on it.
+        seed: Of the action sampling.
+        device: Where the environments live.
+        record: Keep the frames of this many first episodes.
+        on_progress: Called after each batch with the episodes finished and successes among them.
+        make_env: Builds the environments; ``roadvla.envs.make_env`` unless given.
+
+    Raises:
+        UserError: If there is no such setting, split or simulator, or a number is out of range.
+    """
+    num_envs = min(num_envs, episodes)
+    _check(split, episodes, temperature, num_envs, seed, record)
+    if make_env is None:
+        env, make_env = envs.setting(env).alias, envs.make_env
+    begun = time.perf_counter()
+    world = make_env(env, split=split, num_envs=num_envs, sim=sim, device=device)
+    outcomes: list[tuple[bool, ...]] = []
+    films: list[Film] = []
+    for batch, start in enumerate(range(0, episodes, num_envs)):
+        ids = torch.arange(start, start + num_envs, device=world.device)
+        filmed = max(0, min(num_envs, record - start))
+        batch_outcomes, film = _run_batch(
+            policy, world, ids, temperature, _generator(seed, batch, world.device), filmed
+        )
+        outcomes += batch_outcomes[: episodes - start]
+        if film is not None:
+            films.append(film)
+        if on_progress is not None:
+            on_progress(len(outcomes), sum(success for success, *_ in outcomes))
+    success, success_once, grasped = zip(*outcomes, strict=True)
+    return Evaluation(
+        env=env,
+        split=split,
+        sim=sim,
+        temperature=float(temperature),
+        horizon=world.horizon,
+        seed=seed,
+        episode_ids=tuple(range(episodes)),
+        success=success,
+        success_once=success_once,
+        grasped=grasped,
+        seconds=time.perf_counter() - begun,
+        machine=describe_machine(device),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        torch=str(torch.__version__),
+        film=_join(films),
+    )
+
+
+def _run_batch(
+    policy: Policy,
+    world: VectorEnv,
+    episode_ids: Int[Tensor, " B"],
+    temperature: float,
+    generator: torch.Generator,
+    filmed: int,
+) -> tuple[list[tuple[bool, ...]], Film | None]:
+    """Run one batch of episodes to the horizon; nothing is read from the device on the way."""
+    image = world.reset(episode_ids)
+    prompt = policy.tokenize(world.instructions)
+    instructions = tuple(world.instructions[:filmed])
+    frames = [image[:filmed].clone()]
+    info: dict[str, Tensor] = {}
+    for _ in range(world.horizon):
+        output = policy.act(
+            Observation(image=image, prompt=prompt), temperature=temperature, generator=generator
+        )
+        step = world.step(policy.decode(output.action_tokens))
+        image, info = step.image, step.info
+        if filmed:
+            frames.append(image[:filmed].clone())
+    table = torch.stack([info[name] for name in _OUTCOMES], dim=1).cpu()
+    outcomes = [tuple(row) for row in table.tolist()]
+    if not filmed:
+        return outcomes, None
+    film = Film(
+        frames=torch.stack(frames, dim=1).cpu(),
+        success=table[:filmed, 0],
+        instructions=instructions,
+        episode_ids=tuple(episode_ids[:filmed].tolist()),
+    )
+    return outcomes, film
+
+
+def _generator(seed: int, batch: int, device: torch.device) -> torch.Generator:
+    """Make the generator of one batch; different pairs give unrelated streams."""
+    state = np.random.SeedSequence([seed, batch]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device=device).manual_seed(int(state) >> 1)
+
+
+def _join(films: list[Film]) -> Film | None:
+    if not films:
+        return None
+    return Film(
+        frames=torch.cat([film.frames for film in films]),
+        success=torch.cat([film.success for film in films]),
+        instructions=tuple(text for film in films for text in film.instructions),
+        episode_ids=tuple(i for film in films for i in film.episode_ids),
+    )
+
+
+def _check(
+    split: str, episodes: int, temperature: float, num_envs: int, seed: int, record: int
+) -> None:
+    if split not in SPLITS:
+        raise UserError(f"unknown split {split!r}: use 'train' or 'test'")
+    if episodes < 1:
+        raise UserError(f"episodes is {episodes}: at least 1 is needed")
+    if num_envs < 1:
+        raise UserError(f"num_envs is {num_envs}: at least 1 is needed")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature is {temperature}: expected 0 (greedy) or more")
+    if seed < 0:
+        raise UserError(f"seed is {seed}: expected 0 or more")
+    if not 0 <= record <= episodes:
+        raise UserError(f"record is {record}: expected 0 to {episodes}, the number of episodes")

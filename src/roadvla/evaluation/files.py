@@ -1,0 +1,196 @@
+"""Evaluations and their films as files: JSON and npz, without pickle, written atomically."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+
+from roadvla.errors import UserError
+from roadvla.evaluation.evaluate import SPLITS, Evaluation, Film
+
+_AGAIN = "run `roadvla eval` again to replace it"
+_DERIVED = ("success_rate", "success_low", "success_high", "success_once_rate", "grasp_rate")
+_OUTCOMES = ("success", "success_once", "grasped")
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "env": str,
+    "split": str,
+    "sim": str,
+    "checkpoint": (str, type(None)),
+    "temperature": (int, float),
+    "episodes": int,
+    "horizon": int,
+    "seed": int,
+    **dict.fromkeys(_DERIVED, (int, float)),
+    "per_episode": dict,
+    "iteration": (int, type(None)),
+    "env_steps": (int, type(None)),
+    "seconds": (int, float),
+    "machine": str,
+    "date": str,
+    "torch": str,
+}
+
+
+def evaluation_path(folder: Path, env: str, split: str) -> Path:
+    """Name the file of an evaluation inside a run's ``evaluation`` folder."""
+    return folder / f"{env}_{split}.json"
+
+
+def film_path(evaluation_file: Path) -> Path:
+    """Name the film that belongs to an evaluation file."""
+    return evaluation_file.with_name(f"{evaluation_file.stem}_frames.npz")
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> Path:
+    """Write the evaluation, and its film if it has one, replacing an earlier one of the same set.
+
+    Returns:
+        The JSON file.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    path = evaluation_path(folder, evaluation.env, evaluation.split)
+    text = json.dumps(_to_json(evaluation), indent=1, allow_nan=False) + "\n"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # An earlier film would show other episodes' outcomes than the numbers beside it.
+        film_path(path).unlink(missing_ok=True)
+        _write_atomically(path, lambda file: file.write(text.encode()))
+        if evaluation.film is not None:
+            film = evaluation.film
+            _write_atomically(film_path(path), lambda file: _save_film(file, film))
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
+        ) from error
+    return path
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Read an evaluation without its film, refusing a file whose numbers do not fit together.
+
+    Raises:
+        UserError: If the file is missing, damaged or inconsistent.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} does not hold an evaluation; {_AGAIN}")
+    for name, kind in _FIELDS.items():
+        value = data.get(name, _MISSING)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            found = "missing" if value is _MISSING else f"{value!r:.40}"
+            raise UserError(f"{path}: field {name!r} is {found}; {_AGAIN}")
+    if data["split"] not in SPLITS:
+        raise UserError(f"{path}: split is {data['split']!r}, not 'train' or 'test'; {_AGAIN}")
+    evaluation = _from_json(data, _read_outcomes(path, data))
+    for name in _DERIVED:
+        if not math.isclose(data[name], getattr(evaluation, name), abs_tol=1e-9):
+            raise UserError(f"{path}: {name} is {data[name]}, its episodes say otherwise; {_AGAIN}")
+    return evaluation
+
+
+def read_film(path: Path) -> Film:
+    """Read the frames recorded beside an evaluation.
+
+    Raises:
+        UserError: If the file is missing or damaged.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            film = Film(
+                frames=torch.from_numpy(data["frames"]),
+                success=torch.from_numpy(data["success"]),
+                instructions=tuple(str(text) for text in data["instructions"]),
+                episode_ids=tuple(int(i) for i in data["episode_ids"]),
+            )
+        shape = film.frames.shape
+        sound = film.frames.dtype == torch.uint8 and len(shape) == 5 and shape[-1] == 3
+        counts = {shape[0], len(film.success), len(film.instructions), len(film.episode_ids)}
+        if not sound or len(counts) != 1:
+            raise ValueError("its arrays do not fit together")
+    except FileNotFoundError as error:
+        raise UserError(f"cannot read {path}: it does not exist") from error
+    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a film ({error}); {_AGAIN}") from error
+    return film
+
+
+_MISSING = object()
+
+
+def _to_json(evaluation: Evaluation) -> dict[str, Any]:
+    data = {name: getattr(evaluation, name) for name in _FIELDS if name != "per_episode"}
+    outcomes = {name: [int(x) for x in getattr(evaluation, name)] for name in _OUTCOMES}
+    return {**data, "per_episode": {"episode_ids": list(evaluation.episode_ids), **outcomes}}
+
+
+def _from_json(data: dict[str, Any], per_episode: dict[str, Any]) -> Evaluation:
+    skipped = {*_DERIVED, "per_episode", "episodes", "temperature", "seconds"}
+    plain = {name: data[name] for name in _FIELDS if name not in skipped}
+    return Evaluation(
+        **plain,
+        **per_episode,
+        temperature=float(data["temperature"]),
+        seconds=float(data["seconds"]),
+    )
+
+
+def _read_outcomes(path: Path, data: dict[str, Any]) -> dict[str, Any]:
+    """Check the per-episode lists against each other and against the episode count."""
+    per_episode, episodes = data["per_episode"], data["episodes"]
+    lists: dict[str, Any] = {}
+    for name in ("episode_ids", *_OUTCOMES):
+        values = per_episode.get(name)
+        if not isinstance(values, list) or len(values) != episodes or episodes < 1:
+            raise UserError(f"{path}: {name} does not list {episodes} episodes; {_AGAIN}")
+        if not all(type(value) is int and value >= 0 for value in values):
+            raise UserError(f"{path}: {name} holds something other than whole numbers; {_AGAIN}")
+        lists[name] = tuple(values)
+    if len(set(lists["episode_ids"])) != episodes:
+        raise UserError(f"{path}: an episode id occurs twice; {_AGAIN}")
+    for name in _OUTCOMES:
+        if max(lists[name]) > 1:
+            raise UserError(f"{path}: {name} holds something other than 0 and 1; {_AGAIN}")
+        lists[name] = tuple(bool(value) for value in lists[name])
+    ends = zip(lists["success"], lists["success_once"], strict=True)
+    if any(last and not once for last, once in ends):
+        raise UserError(f"{path}: an episode succeeded at its end but never; {_AGAIN}")
+    return lists
+
+
+def _save_film(file: BinaryIO, film: Film) -> None:
+    np.savez_compressed(
+        file,
+        frames=film.frames.numpy(),
+        success=film.success.numpy(),
+        instructions=np.array(film.instructions, dtype=np.str_),
+        episode_ids=np.array(film.episode_ids, dtype=np.int64),
+    )
+
+
+def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write beside the target, flush to disk, then rename: the target is whole or untouched."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

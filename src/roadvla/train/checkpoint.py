@@ -1,0 +1,250 @@
+"""Checkpoints: everything a run needs to go on as if it had never stopped, written atomically.
+
+A checkpoint is a folder ``iteration_NNNNNN`` with the policy (``policy.json``,
+``policy.safetensors``), ``optimizer.safetensors`` (AdamW's moments by parameter name, and the
+state of the random generator) and ``state.json`` (counters, the configuration's fingerprint,
+checksums). ``latest.json`` beside the folders names the last complete one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from roadvla.errors import UserError
+from roadvla.policy.base import Policy
+
+FORMAT = 1
+_GENERATOR = "generator"
+_ELSEWHERE = "take another checkpoint or start a new run"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far a run has come.
+
+    Attributes:
+        iteration: Iterations completed.
+        env_steps: Environment steps taken.
+        episodes: Training episodes used, for the next ids.
+        config: Fingerprint of the experiment.
+    """
+
+    iteration: int
+    env_steps: int
+    episodes: int
+    config: str
+
+
+def save_checkpoint(
+    root: Path,
+    progress: Progress,
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    *,
+    save_policy: Callable[..., None],
+    keep_all: bool = False,
+) -> Path:
+    """Write a checkpoint, then point ``latest.json`` at it, then drop the earlier ones.
+
+    Whatever happens on the way, the checkpoint that ``latest.json`` names is complete.
+
+    Args:
+        root: The run's ``checkpoints`` folder.
+        progress: Counters to store.
+        policy: Its weights are stored by ``save_policy(policy, folder)``.
+        optimizer: AdamW over the policy's parameters.
+        generator: The run's source of randomness.
+        save_policy: Writes a policy into a folder.
+        keep_all: Keep the earlier checkpoints.
+
+    Raises:
+        UserError: If the disk is full or the folder cannot be written.
+    """
+    name = f"iteration_{progress.iteration:06d}"
+    temporary, final = root / f".{name}.partial", root / name
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_policy(policy, temporary)
+        data = save(_optimizer_tensors(policy, optimizer, generator))
+        _write(temporary / "optimizer.safetensors", data)
+        state = {"format": FORMAT, **asdict(progress), "sha256": hashlib.sha256(data).hexdigest()}
+        _write(temporary / "state.json", _json(state))
+        _sync_folder(temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _sync_folder(root)
+        latest = root / ".latest.json.partial"
+        _write(latest, _json({"iteration": progress.iteration, "folder": name}))
+        os.replace(latest, root / "latest.json")
+        _sync_folder(root)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"cannot write checkpoint {final}: {reason}; the last one is intact: free space, then "
+            f"go on with --resume"
+        ) from error
+    if not keep_all:
+        for old in root.glob("iteration_*"):
+            if old.name != name:
+                shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """Find the last complete checkpoint of a run's ``checkpoints`` folder, if there is one.
+
+    Raises:
+        UserError: If ``latest.json`` is damaged or names a folder that is gone.
+    """
+    path = root / "latest.json"
+    if not path.exists():
+        return None
+    data = _read_json(path)
+    name = data.get("folder")
+    if not isinstance(name, str) or not (root / name).is_dir():
+        raise UserError(f"{path} names the checkpoint {name!r}, which is not there; {_ELSEWHERE}")
+    return root / name
+
+
+def policy_folder(path: Path) -> Path:
+    """Resolve what people point at to the folder that holds the policy.
+
+    Args:
+        path: A policy folder, a checkpoint, or a run (its last checkpoint is meant).
+
+    Raises:
+        UserError: If it is none of these.
+    """
+    if (path / "policy.json").is_file():
+        return path
+    for root in (path / "checkpoints", path):
+        if (found := latest_checkpoint(root)) is not None:
+            return found
+    what = "holds no policy.json and no checkpoints" if path.is_dir() else "is not a folder"
+    raise UserError(f"{path} {what}: expected a warm-up folder, a run or a checkpoint of one")
+
+
+def read_progress(folder: Path) -> Progress:
+    """Read the counters of a checkpoint.
+
+    Raises:
+        UserError: If ``state.json`` is missing or damaged, or of another format.
+    """
+    data = _read_state(folder)
+    return Progress(**{name: data[name] for name in Progress.__dataclass_fields__})
+
+
+def restore_optimizer(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> None:
+    """Put the optimiser's moments and the generator back, bit for bit.
+
+    Args:
+        folder: A checkpoint.
+        policy: Already loaded from the same checkpoint.
+        optimizer: Freshly made for it.
+        generator: Overwritten.
+
+    Raises:
+        UserError: If the file is missing, damaged, or does not fit the policy.
+    """
+    path = folder / "optimizer.safetensors"
+    try:
+        data = path.read_bytes()
+        tensors = load(data)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); {_ELSEWHERE}") from error
+    if hashlib.sha256(data).hexdigest() != _read_state(folder)["sha256"]:
+        raise UserError(f"{path} is damaged: its checksum is not the recorded one; {_ELSEWHERE}")
+    if _GENERATOR not in tensors:
+        raise UserError(f"{path} does not hold the random generator's state; {_ELSEWHERE}")
+    generator.set_state(tensors.pop(_GENERATOR))
+    shapes = {name: parameter.shape for name, parameter in _named(policy, optimizer).items()}
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in shapes}
+    for key, tensor in tensors.items():
+        name, _, moment = key.rpartition(".")
+        if name not in states or (moment != "step" and tensor.shape != shapes[name]):
+            raise UserError(f"{path} does not fit the policy beside it at {name}; {_ELSEWHERE}")
+        states[name][moment] = tensor
+    optimizer.load_state_dict(
+        {
+            "state": {index: state for index, state in enumerate(states.values()) if state},
+            "param_groups": optimizer.state_dict()["param_groups"],
+        }
+    )
+
+
+def _optimizer_tensors(
+    policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator
+) -> dict[str, Tensor]:
+    tensors = {_GENERATOR: generator.get_state()}
+    for name, parameter in _named(policy, optimizer).items():
+        for moment, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{name}.{moment}"] = value.detach().cpu().contiguous()
+    return tensors
+
+
+def _named(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    """The optimiser's parameters by name, in its own order."""
+    names = {id(p): name for name, p in cast("nn.Module", policy).named_parameters()}
+    return {names[id(p)]: p for group in optimizer.param_groups for p in group["params"]}
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / "state.json"
+    data = _read_json(path)
+    if data.get("format") != FORMAT:
+        raise UserError(
+            f"{path} has format {data.get('format')!r}, expected {FORMAT}: {_ELSEWHERE}"
+        )
+    for name, kind in (("iteration", int), ("env_steps", int), ("episodes", int)):
+        if not isinstance(data.get(name), kind) or isinstance(data[name], bool):
+            raise UserError(f"{path}: {name} is {data.get(name)!r}, expected a count; {_ELSEWHERE}")
+    for name in ("config", "sha256"):
+        if not isinstance(data.get(name), str):
+            raise UserError(f"{path}: {name} is missing; {_ELSEWHERE}")
+    return data
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); {_ELSEWHERE}") from error
+    if not isinstance(data, dict):
+        raise UserError(f"{path} does not hold an object; {_ELSEWHERE}")
+    return data
+
+
+def _json(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

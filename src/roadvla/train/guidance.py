@@ -1,0 +1,187 @@
+"""From a rollout to a batch: advantages, the weight ω, and only the steps that were lived."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from roadvla.objective import (
+    gae,
+    grpo_advantage,
+    mixed_advantage,
+    perturbation_weight,
+    standardize,
+)
+from roadvla.train.config import Algorithm
+from roadvla.types import Batch, Observation, Rollout
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """What the active steps of a rollout are worth, without gradient.
+
+    Attributes:
+        advantage: Â_int, or Eq. 8's mix, in units of return.
+        returns: Targets of the value head.
+        weight: ω (Eq. 9).
+        agree: Where both critics have the same sign (Eq. 8); ``None`` without a reference.
+    """
+
+    advantage: Float[Tensor, " N"]
+    returns: Float[Tensor, " N"]
+    weight: Float[Tensor, " N"]
+    agree: Bool[Tensor, " N"] | None
+
+
+def guide(
+    rollout: Rollout, algorithm: Algorithm, reference: tuple[Tensor, Tensor] | None
+) -> tuple[Batch, dict[str, Tensor]]:
+    """Turn a rollout into training data (Algorithm 1, step 2).
+
+    Args:
+        rollout: T steps of B episodes.
+        algorithm: Settings.
+        reference: The reference critic's values [T, B] and last values [B], if it is mixed in.
+
+    Returns:
+        The active transitions, and metrics of the rollout and of the guidance as scalars on the
+        device.
+    """
+    if algorithm.algo == "grpo":
+        guidance, surrogate = _outcome_guidance(rollout, algorithm)
+    else:
+        guidance, surrogate = _critic_guidance(rollout, algorithm, reference)
+    where = rollout.active.flatten().nonzero().squeeze(1)
+    seen = rollout.observation
+    batch = Batch(
+        observation=Observation(
+            image=_take(seen.image, where),
+            prompt=_take(seen.prompt, where),
+            vision=None if seen.vision is None else _take(seen.vision, where),
+        ),
+        action_tokens=_take(rollout.action_tokens, where),
+        old_log_probs=_take(rollout.log_probs, where),
+        old_value=_take(rollout.value, where),
+        advantage=surrogate,
+        returns=guidance.returns,
+        weight=guidance.weight,
+        logits=None if rollout.logits is None else _take(rollout.logits, where),
+    )
+    metrics = _guidance_metrics(rollout, guidance, batch, has_critic=algorithm.algo != "grpo")
+    return batch, {**rollout_metrics(rollout), **metrics}
+
+
+def time_step_share(weight: Float[Tensor, " N"], active: Bool[Tensor, "T B"]) -> Float[Tensor, ""]:
+    """Share of the weight's variance that its mean per time step explains, in [0, 1].
+
+    Args:
+        weight: Of the active steps, in the order of ``active`` flattened.
+        active: Which steps those are.
+    """
+    counts = active.sum(1).to(weight.dtype)
+    full = weight.new_zeros(active.shape)
+    full[active] = weight
+    means = full.sum(1) / counts.clamp(min=1)
+    between = (counts * (means - weight.mean()).square()).sum()
+    total = (weight - weight.mean()).square().sum()
+    return torch.where(total > 0, between / total.clamp(min=1e-30), torch.zeros_like(total))
+
+
+def explained_variance(
+    value: Float[Tensor, " N"], returns: Float[Tensor, " N"]
+) -> Float[Tensor, ""]:
+    """Share of the returns' variance that the values explain; 0 where the returns are constant."""
+    total = returns.var(correction=0)
+    rest = (returns - value).var(correction=0)
+    return torch.where(total > 0, 1 - rest / total.clamp(min=1e-30), torch.zeros_like(total))
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
+    """Average the outcomes of the B episodes."""
+    outcome = rollout.outcome
+    return {
+        "rollout/success_rate": outcome["success"].float().mean(),
+        "rollout/success_once": outcome["success_once"].float().mean(),
+        "rollout/grasp_rate": outcome["grasped"].float().mean(),
+        "rollout/return": rollout.reward.sum(0).mean(),
+    }
+
+
+def _critic_guidance(
+    rollout: Rollout, algorithm: Algorithm, reference: tuple[Tensor, Tensor] | None
+) -> tuple[Guidance, Float[Tensor, " N"]]:
+    """Eq. 7-9 over the active steps, and the standardized advantage of the PPO surrogate."""
+    active = rollout.active
+    advantages, returns = _gae(rollout, algorithm, rollout.value, rollout.last_value)
+    mixed, agree = advantages[active], None
+    if reference is not None:
+        advantages_ref, _ = _gae(rollout, algorithm, *reference)
+        mixed, agree = mixed_advantage(
+            mixed,
+            advantages_ref[active],
+            alpha=algorithm.alpha,
+            eps=algorithm.eps,
+            gate=algorithm.gate,
+        )
+    weight = perturbation_weight(
+        mixed, clip=algorithm.clip, eps=algorithm.eps, positive_only=algorithm.positive_only
+    )
+    chosen = mixed if algorithm.surrogate_advantage == "mix" else advantages[active]
+    guidance = Guidance(mixed, returns[active], weight, agree)
+    return guidance, standardize(chosen, eps=algorithm.eps)
+
+
+def _outcome_guidance(
+    rollout: Rollout, algorithm: Algorithm
+) -> tuple[Guidance, Float[Tensor, " N"]]:
+    """GRPO's advantage, standardized already, as surrogate and as weight; no critic learns."""
+    grouped = algorithm.grpo_form == "group"
+    advantage = grpo_advantage(
+        rollout.reward,
+        form=algorithm.grpo_form,
+        group_size=algorithm.group_size if grouped else None,
+        eps=algorithm.eps,
+    )[rollout.active]
+    weight = advantage.clamp(-algorithm.clip, algorithm.clip)
+    return Guidance(advantage, torch.zeros_like(advantage), weight, None), advantage
+
+
+def _gae(
+    rollout: Rollout, algorithm: Algorithm, values: Tensor, last_value: Tensor
+) -> tuple[Tensor, Tensor]:
+    return gae(
+        rollout.reward,
+        values,
+        last_value,
+        rollout.terminated,
+        rollout.truncated,
+        gamma=algorithm.gamma,
+        lam=algorithm.lam,
+        bootstrap_truncated=algorithm.bootstrap_truncated,
+    )
+
+
+def _guidance_metrics(
+    rollout: Rollout, guidance: Guidance, batch: Batch, *, has_critic: bool
+) -> dict[str, Tensor]:
+    weight = guidance.weight
+    metrics = {
+        "guidance/weight_mean": weight.mean(),
+        "guidance/weight_positive": (weight > 0).float().mean(),
+        "guidance/time_step_share": time_step_share(weight, rollout.active),
+    }
+    if has_critic:
+        metrics["critic/explained_variance"] = explained_variance(batch.old_value, batch.returns)
+        metrics["critic/value_mean"] = batch.old_value.mean()
+    if guidance.agree is not None:
+        metrics["guidance/agreement"] = guidance.agree.float().mean()
+    return metrics
+
+
+def _take(tensor: Tensor, where: Tensor) -> Tensor:
+    """Select transitions from [T, B, ...]; all of them without a copy of what is contiguous."""
+    flat = tensor.flatten(0, 1)
+    return flat if len(where) == len(flat) else flat[where]

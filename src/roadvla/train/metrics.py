@@ -1,0 +1,169 @@
+"""Numbers of a run as they come: one JSON line per iteration, and the same for TensorBoard.
+
+Every name is explained in ``docs/metrics.md``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roadvla.errors import UserError
+
+FILE = "metrics.jsonl"
+
+
+class Stopwatch:
+    """Adds up wall time by phase, waiting for the device where it works on its own.
+
+    Args:
+        device: Where the measured work runs.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._begun = self._now()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Measure the block and add its time to ``time/{name}``."""
+        begun = self._now()
+        yield
+        key = f"time/{name}"
+        self.seconds[key] = self.seconds.get(key, 0.0) + self._now() - begun
+
+    def total(self) -> float:
+        """Seconds since the watch was made."""
+        return self._now() - self._begun
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+def to_floats(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """Read scalars from the device, all at once."""
+    if not metrics:
+        return {}
+    values = torch.stack([value.detach().double().reshape(()) for value in metrics.values()])
+    return dict(zip(metrics, values.tolist(), strict=True))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory ever in use, in MB: the GPU's allocator, or this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+
+
+class MetricsWriter:
+    """Appends rows to ``metrics.jsonl`` and to TensorBoard's event file.
+
+    Args:
+        folder: Of the run.
+        iteration: Where the run stands. Rows beyond it, from work that was lost, are dropped.
+        env_steps: The same in environment steps, TensorBoard's horizontal axis.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, iteration: int, env_steps: int) -> None:
+        # Imported here: TensorBoard takes seconds to load and only training needs it.
+        from torch.utils.tensorboard.writer import SummaryWriter
+
+        self._path = folder / FILE
+        rows = [row for row in read_metrics(folder) if row["iteration"] <= iteration]
+        if iteration == 0:
+            rows = []
+        with _explained(self._path):
+            self._rewrite(rows)
+            self._board = SummaryWriter(
+                str(folder / "tensorboard"), purge_step=env_steps + 1 if iteration else None
+            )
+
+    def __enter__(self) -> MetricsWriter:
+        """Return itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Flush and close TensorBoard's file."""
+        self._board.close()
+
+    def write(self, iteration: int, env_steps: int, metrics: Mapping[str, float]) -> None:
+        """Append one row; it is on disk when this returns."""
+        row = {"iteration": iteration, "env_steps": env_steps, **metrics}
+        with _explained(self._path), self._path.open("a", encoding="utf-8") as file:
+            file.write(_line(row))
+            file.flush()
+            os.fsync(file.fileno())
+        self._to_board(env_steps, metrics)
+
+    def amend(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the last row, e.g. those of the final evaluation."""
+        rows = read_metrics(self._path.parent)
+        with _explained(self._path):
+            self._rewrite([*rows[:-1], {**rows[-1], **metrics}])
+        self._to_board(rows[-1]["env_steps"], metrics)
+
+    def _rewrite(self, rows: list[dict[str, Any]]) -> None:
+        temporary = self._path.with_suffix(".partial")
+        with temporary.open("w", encoding="utf-8") as file:
+            file.writelines(_line(row) for row in rows)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, self._path)
+
+    def _to_board(self, env_steps: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            self._board.add_scalar(name, value, env_steps)
+        self._board.flush()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read a run's rows; a last line that was cut off while it was written is left out.
+
+    Raises:
+        UserError: If an earlier line is damaged.
+    """
+    path = folder / FILE
+    if not path.exists():
+        return []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            rows.append({"iteration": int(row["iteration"]), **row})
+        except (ValueError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise UserError(
+                f"{path}, line {number} is damaged: remove the line and try again"
+            ) from error
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, allow_nan=False) + "\n"
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space, then go on with --resume"
+        ) from error

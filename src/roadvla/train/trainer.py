@@ -1,0 +1,359 @@
+"""The training loop: collect, judge, update, measure, save (Algorithm 1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from roadvla import envs
+from roadvla import policy as policies
+from roadvla.envs.base import VectorEnv
+from roadvla.errors import UserError
+from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
+from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
+from roadvla.policy.base import Policy
+from roadvla.train.checkpoint import (
+    Progress,
+    latest_checkpoint,
+    policy_folder,
+    read_progress,
+    restore_optimizer,
+    save_checkpoint,
+)
+from roadvla.train.config import Experiment, fingerprint
+from roadvla.train.demonstrations import Demonstrations, load_demonstrations
+from roadvla.train.guidance import guide
+from roadvla.train.interrupt import Interrupted, catch_interrupts
+from roadvla.train.metrics import MetricsWriter, Stopwatch, peak_memory, to_floats
+from roadvla.train.progress import Display
+from roadvla.train.rollout import collect, reference_values, training_episode_ids
+from roadvla.train.run_folder import check_resumable, create_run_folder, resume_command
+from roadvla.train.update import make_optimizer, set_learning_rates, update
+from roadvla.types import Batch
+
+_FILMED = 6
+
+
+class TrainingDivergedError(UserError):
+    """A number stopped being finite; the last checkpoint is from before that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is built from: exchange them to train another policy in another environment.
+
+    Attributes:
+        make_env: As ``roadvla.envs.make_env``.
+        load_policy: Reads a policy from a folder onto a device.
+        load_backbone: Reads the pretrained policy onto a device.
+        save_policy: Writes a policy into a folder.
+    """
+
+    make_env: Callable[..., VectorEnv] = envs.make_env
+    load_policy: Callable[..., Policy] = policies.load_policy
+    load_backbone: Callable[..., Policy] = policies.load_backbone
+    save_policy: Callable[..., None] = policies.save_policy
+
+
+def train(
+    experiment: Experiment, *, resume: bool = False, force: bool = False, parts: Parts | None = None
+) -> Path:
+    """Run an experiment to its end, or go on with it.
+
+    Ctrl-C lets the iteration finish, saves and stops; a second one stops at once. A resumed run
+    continues from its last checkpoint exactly as if it had never stopped (bit for bit on a CPU).
+
+    Args:
+        experiment: What to do.
+        resume: Go on with the run in ``experiment.output``, whose settings must be the same.
+        force: Replace a run that is already there.
+        parts: Environment and policy; those of the package unless given.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        UserError: If the input is unusable or the disk is full; nothing already saved is lost.
+        TrainingDivergedError: If a metric is not finite.
+        Interrupted: After Ctrl-C; the message says how to go on.
+    """
+    folder = Path(experiment.output)
+    try:
+        experiment.check_complete()
+        checkpoint = None
+        if resume:
+            checkpoint = latest_checkpoint(check_resumable(experiment) / "checkpoints")
+        trainer = Trainer(experiment, parts or Parts(), checkpoint)
+        if not resume:
+            create_run_folder(experiment, force=force)
+        _loop(trainer, folder)
+    except KeyboardInterrupt as error:
+        raise Interrupted(_stopped(folder)) from error
+    return folder
+
+
+def _loop(trainer: Trainer, folder: Path) -> None:
+    """Iterate to the end, saving when it is time, then evaluate."""
+    experiment, total = trainer.experiment, trainer.iterations
+    title = f"{experiment.name} on {experiment.env}"
+    start = trainer.progress
+    with (
+        MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps) as writer,
+        Display(title, total, done=start.iteration) as display,
+    ):
+        if start.iteration == 0 and experiment.evaluation.every:
+            writer.write(0, 0, trainer.measure(experiment.evaluation.episodes))
+        with catch_interrupts() as interrupts:
+            while trainer.progress.iteration < total and not interrupts.requested:
+                metrics = trainer.iterate()
+                done = trainer.progress
+                writer.write(done.iteration, done.env_steps, metrics)
+                display.advance(metrics)
+                due = done.iteration % experiment.checkpoint_every == 0
+                if due or done.iteration == total or interrupts.requested:
+                    trainer.save(folder)
+        if interrupts.requested:
+            raise KeyboardInterrupt
+        results = folder / "evaluation"
+        if experiment.evaluation.final_episodes and not trainer.is_evaluated(results):
+            display.say("final evaluation, in and out of distribution")
+            final = trainer.measure(experiment.evaluation.final_episodes, write_to=results)
+            writer.amend(final)
+            display.advance(final, steps=0)
+
+
+def _stopped(folder: Path) -> str:
+    found = latest_checkpoint(folder / "checkpoints")
+    where = "before the first checkpoint" if found is None else f"saved at {found.name}"
+    return f"stopped, {where}; go on with `{resume_command(folder)}`"
+
+
+class Trainer:
+    """A run in memory: the policy and all that changes with it.
+
+    Args:
+        experiment: Settings.
+        parts: Environment and policy.
+        checkpoint: Where to go on; ``None`` to begin.
+
+    Raises:
+        UserError: If a file does not load, or settings do not fit the environment.
+    """
+
+    def __init__(self, experiment: Experiment, parts: Parts, checkpoint: Path | None) -> None:
+        self.experiment, self._parts = experiment, parts
+        self._device = _device(experiment.device)
+        rollout, algorithm = experiment.rollout, experiment.algorithm
+        self._env = parts.make_env(
+            experiment.env,
+            split="train",
+            num_envs=rollout.num_envs,
+            sim=experiment.sim,
+            device=experiment.device,
+            end_on_success=rollout.end_on_success,
+        )
+        self.iterations = experiment.iterations(self._env.horizon)
+        _check_minibatch(experiment, self._env.horizon)
+        self.policy = self._load(checkpoint or experiment.init)
+        self.optimizer = make_optimizer(self.policy, experiment.optimizer)
+        self.generator = torch.Generator(self._device).manual_seed(experiment.seed)
+        config = fingerprint(experiment)
+        self.progress = Progress(iteration=0, env_steps=0, episodes=0, config=config)
+        if checkpoint is not None:
+            self.progress = read_progress(checkpoint)
+            if self.progress.config != config:
+                raise UserError(
+                    f"{checkpoint} belongs to another configuration than {experiment.output}: "
+                    f"start a new run with --init {checkpoint}"
+                )
+            restore_optimizer(checkpoint, self.policy, self.optimizer, self.generator)
+        self._reference: Policy | None = None
+        if algorithm.reference_critic is not None:
+            self._reference = self._load(algorithm.reference_critic)
+            if isinstance(self._reference, nn.Module):
+                self._reference.requires_grad_(False)
+            self._share_vision = self._reference.shares_vision(self.policy)
+        self._demonstrations: Demonstrations | None = None
+        if experiment.demonstrations is not None:
+            self._demonstrations = load_demonstrations(Path(experiment.demonstrations))
+
+    def iterate(self) -> dict[str, float]:
+        """Do one iteration: collect, judge, update and, when it is time, evaluate.
+
+        Raises:
+            TrainingDivergedError: If a metric is not finite.
+        """
+        experiment, iteration = self.experiment, self.progress.iteration
+        watch = Stopwatch(self._device)
+        batch, metrics = self._gather(watch)
+        rate = set_learning_rates(self.optimizer, experiment.optimizer, iteration, self.iterations)
+        with watch.phase("update"):
+            metrics |= update(
+                self.policy,
+                self.optimizer,
+                batch,
+                experiment.algorithm,
+                experiment.optimizer,
+                temperature=experiment.rollout.temperature,
+                generator=self.generator,
+                value_only=iteration < experiment.algorithm.critic_only_iterations,
+            )
+            values = to_floats(metrics)
+        self._refuse_divergence(values)
+        steps = experiment.rollout.num_envs * self._env.horizon
+        speed = steps / watch.total()
+        self.progress = dataclasses.replace(
+            self.progress, iteration=iteration + 1, env_steps=self.progress.env_steps + steps
+        )
+        if experiment.evaluation.due(iteration + 1) and iteration + 1 < self.iterations:
+            with watch.phase("evaluation"):
+                values |= self.measure(experiment.evaluation.episodes)
+        return {
+            **values,
+            "policy/learning_rate": rate,
+            **watch.seconds,
+            "time/iteration": watch.total(),
+            "time/steps_per_second": speed,
+            "memory/peak_mb": peak_memory(self._device),
+        }
+
+    def measure(self, episodes: int, *, write_to: Path | None = None) -> dict[str, float]:
+        """Evaluate in and out of distribution.
+
+        Args:
+            episodes: Of each split.
+            write_to: Where to keep every outcome and a short film, as the final evaluation does.
+        """
+        metrics: dict[str, float] = {}
+        for split in SPLITS:
+            result = evaluate(
+                self.policy,
+                env=self.experiment.env,
+                split=split,
+                sim=self.experiment.sim,
+                episodes=episodes,
+                temperature=self.experiment.evaluation.temperature,
+                num_envs=self.experiment.rollout.num_envs,
+                device=self.experiment.device,
+                record=min(_FILMED, episodes) if write_to else 0,
+                make_env=self._parts.make_env,
+            )
+            metrics |= _evaluation_metrics(split, result)
+            if write_to is not None:
+                write_evaluation(self._signed(result), write_to)
+        return metrics
+
+    def is_evaluated(self, folder: Path) -> bool:
+        """Whether the folder holds evaluations of the policy as it is now."""
+        try:
+            found = [
+                read_evaluation(evaluation_path(folder, self.experiment.env, split)).iteration
+                for split in SPLITS
+            ]
+        except UserError:
+            return False
+        return found == [self.progress.iteration] * len(SPLITS)
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint into the run folder."""
+        save_checkpoint(
+            folder / "checkpoints",
+            self.progress,
+            self.policy,
+            self.optimizer,
+            self.generator,
+            save_policy=self._parts.save_policy,
+            keep_all=self.experiment.keep_checkpoints == "all",
+        )
+
+    def _gather(self, watch: Stopwatch) -> tuple[Batch, dict[str, Tensor]]:
+        """Make the iteration's batch: from demonstrations, or by acting and judging."""
+        experiment, algorithm = self.experiment, self.experiment.algorithm
+        count = experiment.rollout.num_envs
+        if self._demonstrations is not None:
+            size = count * self._env.horizon
+            return self._demonstrations.sample(self.policy, size, self.generator), {}
+        repeats = algorithm.group_size if algorithm.algo == "grpo" else 1
+        ids = training_episode_ids(
+            experiment.seed, self.progress.episodes, count, repeats=repeats, device=self._device
+        )
+        with watch.phase("rollout"):
+            rollout = collect(
+                self.policy,
+                self._env,
+                ids,
+                temperature=experiment.rollout.temperature,
+                generator=self.generator,
+                keep_logits=algorithm.teacher_logits == "rollout",
+                bootstrap=algorithm.bootstrap_truncated,
+            )
+        self.progress = dataclasses.replace(
+            self.progress, episodes=self.progress.episodes + count // repeats
+        )
+        reference = None
+        if self._reference is not None:
+            with watch.phase("reference"):
+                reference = reference_values(
+                    self._reference, rollout, share_vision=self._share_vision
+                )
+        return guide(rollout, algorithm, reference)
+
+    def _load(self, source: Path | str | None) -> Policy:
+        if source is None:
+            return self._parts.load_backbone(self._device)
+        return self._parts.load_policy(policy_folder(Path(source)), self._device)
+
+    def _signed(self, result: Evaluation) -> Evaluation:
+        return dataclasses.replace(
+            result,
+            checkpoint=f"checkpoints/iteration_{self.progress.iteration:06d}",
+            iteration=self.progress.iteration,
+            env_steps=self.progress.env_steps,
+        )
+
+    def _refuse_divergence(self, metrics: dict[str, float]) -> None:
+        for name, value in metrics.items():
+            if not math.isfinite(value):
+                found = latest_checkpoint(Path(self.experiment.output) / "checkpoints")
+                kept = f"the last good checkpoint is {found}" if found else "no checkpoint yet"
+                raise TrainingDivergedError(
+                    f"{name} is {value} in iteration {self.progress.iteration + 1}: stopped, "
+                    f"{kept}; try a lower --learning-rate or --grad-clip"
+                )
+
+
+def _evaluation_metrics(split: str, result: Evaluation) -> dict[str, float]:
+    return {
+        f"eval/{split}/success_rate": result.success_rate,
+        f"eval/{split}/success_once": result.success_once_rate,
+        f"eval/{split}/grasp_rate": result.grasp_rate,
+        f"eval/{split}/low": result.success_low,
+        f"eval/{split}/high": result.success_high,
+        f"eval/{split}/episodes": result.episodes,
+    }
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: use 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} is not available here: use --device cpu")
+    return device
+
+
+def _check_minibatch(experiment: Experiment, horizon: int) -> None:
+    optimizer, steps = experiment.optimizer, experiment.rollout.num_envs * horizon
+    wanted = optimizer.minibatch * optimizer.accumulation
+    if wanted > steps:
+        raise UserError(
+            f"minibatch {optimizer.minibatch} × accumulation {optimizer.accumulation} = {wanted} "
+            f"exceeds the {steps} steps of a rollout: lower one of them or raise num_envs"
+        )

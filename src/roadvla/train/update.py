@@ -1,0 +1,292 @@
+"""From a batch to a better policy: losses, minibatches, optimiser steps, metrics."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from roadvla.objective import (
+    agd_loss,
+    agd_loss_sampled,
+    entropy,
+    inverse_prob_weight,
+    ppo_loss,
+    sft_loss,
+    token_log_probs,
+    value_loss,
+)
+from roadvla.policy.base import Policy
+from roadvla.train.config import Algorithm, Optimizer
+from roadvla.types import Batch, Observation
+
+_PROBE = 256
+
+
+def make_optimizer(policy: Policy, settings: Optimizer) -> torch.optim.AdamW:
+    """Build AdamW with two groups: the policy's parameters and the value head's."""
+    groups = [
+        {"params": list(policy.policy_parameters()), "lr": settings.learning_rate},
+        {"params": list(policy.value_parameters()), "lr": settings.value_learning_rate},
+    ]
+    return torch.optim.AdamW(
+        groups, betas=settings.betas, weight_decay=settings.weight_decay, fused=True
+    )
+
+
+def schedule_factor(settings: Optimizer, iteration: int, iterations: int, *, warmup: int) -> float:
+    """Fraction of the peak learning rate in one iteration: a function of its number alone.
+
+        (i + 1)/w                            while i < w
+        ½ (1 + cos(π (i − w)/(n − w)))       after, or 1 if the schedule is constant
+
+    Args:
+        settings: The schedule.
+        iteration: i, from 0.
+        iterations: n.
+        warmup: w.
+    """
+    if iteration < warmup:
+        return (iteration + 1) / warmup
+    if settings.schedule == "constant":
+        return 1.0
+    return 0.5 * (1 + math.cos(math.pi * (iteration - warmup) / max(1, iterations - warmup)))
+
+
+def set_learning_rates(
+    optimizer: torch.optim.Optimizer, settings: Optimizer, iteration: int, iterations: int
+) -> float:
+    """Set both groups' rates for an iteration and return the policy's."""
+    warmup = settings.warmup_iterations
+    policy = schedule_factor(settings, iteration, iterations, warmup=warmup)
+    value = schedule_factor(settings, iteration, iterations, warmup=0)
+    optimizer.param_groups[0]["lr"] = settings.learning_rate * policy
+    optimizer.param_groups[1]["lr"] = settings.value_learning_rate * value
+    return optimizer.param_groups[0]["lr"]
+
+
+def update(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    algorithm: Algorithm,
+    settings: Optimizer,
+    *,
+    temperature: float,
+    generator: torch.Generator | None = None,
+    value_only: bool = False,
+) -> dict[str, Tensor]:
+    """Improve the policy on one batch, in place: epochs of minibatches (Algorithm 1, step 4).
+
+    Every transition is used exactly once per epoch. Minibatches have nearly equal sizes, never
+    above the configured one; an optimiser step follows the mean over all its transitions, however
+    they are split into passes.
+
+    Args:
+        policy: Trained here.
+        optimizer: Made by ``make_optimizer``.
+        batch: N transitions.
+        algorithm: The loss.
+        settings: Minibatches and gradient clip.
+        temperature: Of the behaviour policy; log-probabilities are taken at the same.
+        generator: Source of the minibatches' order, on the batch's device.
+        value_only: Whether only the value head learns.
+
+    Returns:
+        Means over all minibatches as scalars on the device, and the exact KL(old‖new) in nats per
+        action over a random part of the batch.
+    """
+    count, device = len(batch.action_tokens), batch.action_tokens.device
+    probe = select(batch, torch.randperm(count, generator=generator, device=device)[:_PROBE])
+    before = _log_probs(policy, probe, temperature)
+    totals = _Means()
+    for _ in range(1 if value_only else algorithm.epochs):
+        order = torch.randperm(count, generator=generator, device=device)
+        for group in _split(order, settings.minibatch * settings.accumulation):
+            optimizer.zero_grad(set_to_none=True)
+            kl = _accumulate(
+                policy, batch, group, algorithm, settings.minibatch, temperature, value_only, totals
+            )
+            if algorithm.kl_stop is not None and float(kl) > algorithm.kl_stop:
+                break
+            totals.add("loss/grad_norm", _step(policy, optimizer, settings, value_only), 1)
+        else:
+            continue
+        break
+    after = _log_probs(policy, probe, temperature)
+    moved = (before.exp() * (before - after)).sum(-1).sum(-1).mean()
+    return {**totals.means(), "policy/kl": moved}
+
+
+def losses(
+    policy: Policy, batch: Batch, algorithm: Algorithm, *, temperature: float, value_only: bool
+) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    """Compute the loss of one minibatch from a single teacher-forced pass, and its parts.
+
+    Log-probabilities, teacher and entropy are those of the tempered logits z / temperature, the
+    distribution the actions were sampled from. ``policy/kl_estimate`` is E[r − 1 − log r] over the
+    sampled actions.
+
+    Returns:
+        The loss with gradient, and its parts without.
+    """
+    logits, value = policy.evaluate(batch.observation, batch.action_tokens)
+    logits = logits / temperature
+    parts: dict[str, Tensor] = {}
+    total = logits.new_zeros(())
+    log_probs = token_log_probs(logits, batch.action_tokens)
+    if algorithm.algo == "sft":
+        total = parts["loss/policy"] = sft_loss(logits, batch.action_tokens)
+        parts["policy/accuracy"] = (logits.argmax(-1) == batch.action_tokens).float().mean()
+    elif not value_only:
+        total = _policy_loss(logits, log_probs, batch, algorithm, parts)
+    if algorithm.algo in ("ppo", "road"):
+        parts["loss/value"] = value_loss(
+            value,
+            batch.old_value,
+            batch.returns,
+            clip_eps=algorithm.value_clip_eps,
+            huber=algorithm.huber,
+        )
+        total = total + algorithm.value_coef * parts["loss/value"]
+    parts["loss/total"] = total
+    log_ratio = (log_probs - batch.old_log_probs).sum(-1).detach()
+    parts["policy/kl_estimate"] = (log_ratio.exp() - 1 - log_ratio).mean()
+    if "policy/entropy" not in parts:
+        parts["policy/entropy"] = entropy(logits.detach()).mean()
+    return total, {name: part.detach() for name, part in parts.items()}
+
+
+def select(batch: Batch, index: Int[Tensor, " n"]) -> Batch:
+    """Take some transitions of a batch."""
+    seen = batch.observation
+    observation = Observation(
+        image=seen.image[index],
+        prompt=seen.prompt[index],
+        vision=None if seen.vision is None else seen.vision[index],
+    )
+    return replace(
+        batch,
+        observation=observation,
+        action_tokens=batch.action_tokens[index],
+        old_log_probs=batch.old_log_probs[index],
+        old_value=batch.old_value[index],
+        advantage=batch.advantage[index],
+        returns=batch.returns[index],
+        weight=batch.weight[index],
+        logits=None if batch.logits is None else batch.logits[index],
+    )
+
+
+def _policy_loss(
+    logits: Tensor, log_probs: Tensor, batch: Batch, algorithm: Algorithm, parts: dict[str, Tensor]
+) -> Tensor:
+    """Surrogate, AGD or both, less the entropy bonus; notes each in ``parts``."""
+    total = logits.new_zeros(())
+    if algorithm.combine == "add":
+        parts["loss/policy"], parts["policy/clip_fraction"] = ppo_loss(
+            log_probs,
+            batch.old_log_probs,
+            batch.advantage,
+            clip_eps=algorithm.clip_eps,
+            ratio=algorithm.ratio,
+        )
+        total = parts["loss/policy"]
+    if algorithm.algo == "road":
+        parts["loss/agd"] = _agd(logits, log_probs, batch, algorithm)
+        total = total + algorithm.distill_coef * parts["loss/agd"]
+    parts["policy/entropy"] = entropy(logits).mean()
+    return total - algorithm.entropy_coef * parts["policy/entropy"]
+
+
+def _agd(logits: Tensor, log_probs: Tensor, batch: Batch, algorithm: Algorithm) -> Tensor:
+    """Distil the advantage-guided teacher (Eq. 12); in closed form where there is one."""
+    token_weight = None
+    if algorithm.token_weighting == "inverse_prob":
+        token_weight = inverse_prob_weight(batch.old_log_probs, delta=algorithm.delta)
+    if algorithm.teacher_logits == "live" and algorithm.divergence == "forward_kl":
+        return agd_loss_sampled(
+            log_probs,
+            batch.weight,
+            eta=algorithm.eta,
+            reduction=algorithm.distill_reduction,
+            teacher=algorithm.teacher,
+            token_weight=token_weight,
+        )
+    return agd_loss(
+        logits,
+        batch.action_tokens,
+        batch.weight,
+        eta=algorithm.eta,
+        kind=algorithm.divergence,
+        reduction=algorithm.distill_reduction,
+        teacher=algorithm.teacher,
+        behaviour_logits=batch.logits,
+        token_weight=token_weight,
+    )
+
+
+def _accumulate(
+    policy: Policy,
+    batch: Batch,
+    group: Tensor,
+    algorithm: Algorithm,
+    minibatch: int,
+    temperature: float,
+    value_only: bool,
+    totals: _Means,
+) -> Tensor:
+    """Add up the gradient of the mean loss over a group, and return its estimate of the KL."""
+    kl = torch.zeros((), device=group.device)
+    for index in _split(group, minibatch):
+        part = select(batch, index)
+        total, parts = losses(
+            policy, part, algorithm, temperature=temperature, value_only=value_only
+        )
+        share = len(index) / len(group)
+        (total * share).backward()
+        kl = kl + parts.pop("policy/kl_estimate") * share
+        for name, value in parts.items():
+            totals.add(name, value, len(index))
+    return kl
+
+
+def _step(
+    policy: Policy, optimizer: torch.optim.Optimizer, settings: Optimizer, value_only: bool
+) -> Tensor:
+    if value_only:
+        for parameter in policy.policy_parameters():
+            parameter.grad = None
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+    optimizer.step()
+    return norm.detach()
+
+
+@torch.no_grad()
+def _log_probs(policy: Policy, batch: Batch, temperature: float) -> Float[Tensor, "n K V"]:
+    logits, _ = policy.evaluate(batch.observation, batch.action_tokens)
+    return (logits.float() / temperature).log_softmax(-1)
+
+
+def _split(index: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Cut into parts of nearly equal length, none longer than ``size``."""
+    return index.tensor_split(math.ceil(len(index) / size))
+
+
+class _Means:
+    """Weighted means that stay on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._weights: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor, weight: int) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value * weight
+        self._weights[name] = self._weights.get(name, 0) + weight
+
+    def means(self) -> dict[str, Tensor]:
+        return {name: total / self._weights[name] for name, total in self._sums.items()}

@@ -1,0 +1,249 @@
+"""The warm-up: expert demonstrations, then supervised fine-tuning of the pretrained policy."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from roadvla.envs.base import VectorEnv
+from roadvla.envs.tabletop import TabletopEnv, expert
+from roadvla.errors import UserError
+from roadvla.policy.base import Policy
+from roadvla.train.config import Algorithm, Optimizer
+from roadvla.train.demonstrations import Demonstrations, save_demonstrations
+from roadvla.train.primitives import grid
+from roadvla.train.progress import Display
+from roadvla.train.trainer import Parts, TrainingDivergedError
+from roadvla.train.update import losses, make_optimizer, schedule_factor
+
+DEMONSTRATIONS = "demonstrations.safetensors"
+_FIRST_ID = 500_000  # evaluation counts from 0, training from 1,000,000
+
+Expert = Callable[[VectorEnv, Float[Tensor, " B"], torch.Generator], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarmUp:
+    """How the common starting point of all methods is made.
+
+    Attributes:
+        env: Setting whose training split is demonstrated.
+        sim: Simulator.
+        seed: Decides episodes, the expert's noise and the minibatches.
+        device: Where policy and environments live.
+        init: Policy to start from; ``None`` for the pretrained backbone.
+        output: Folder for the policy and the demonstrations.
+        episodes: Successful demonstrations to collect.
+        gain: Range of the expert's gain, drawn once per episode.
+        noise: Standard deviation of the expert's noise, in fractions of the action limits.
+        levels: Actions are rounded to 1/levels of their limits: fewer distinct tokens.
+        tail: Steps kept after the first success.
+        steps: Optimiser steps.
+        batch: Demonstrated steps in each.
+        learning_rate: Peak of a cosine.
+    """
+
+    env: str = "VR-UnseenTable"
+    sim: str = "tabletop"
+    seed: int = 0
+    device: str = "cpu"
+    init: str | None = None
+    output: str = "runs/warmup"
+    episodes: int = 140
+    gain: tuple[float, float] = (0.55, 0.8)
+    noise: float = 0.1
+    levels: int = 8
+    tail: int = 6
+    steps: int = 300
+    batch: int = 128
+    learning_rate: float = 6e-4
+
+    def __post_init__(self) -> None:
+        """Refuse values out of range."""
+        for name in ("episodes", "levels", "steps", "batch"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        if self.seed < 0 or self.tail < 0:
+            raise UserError(f"seed is {self.seed}, tail {self.tail}: expected 0 or more")
+        if not 0 < self.gain[0] <= self.gain[1] <= 1:
+            raise UserError(f"gain is {self.gain}: expected a range within (0, 1]")
+        if not 0 <= self.noise < math.inf or not 0 < self.learning_rate < math.inf:
+            raise UserError(
+                f"noise is {self.noise}, learning_rate {self.learning_rate}: expected 0 or more "
+                f"and more than 0"
+            )
+
+
+def tabletop_expert(noise: float) -> Expert:
+    """Make the scripted expert of the tabletop."""
+
+    def act(env: VectorEnv, gain: Float[Tensor, " B"], generator: torch.Generator) -> Tensor:
+        return expert.act(cast("TabletopEnv", env), gain=gain, noise=noise, generator=generator)
+
+    return act
+
+
+def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = None) -> Path:
+    """Collect demonstrations, fine-tune on them, and write both into a folder.
+
+    Returns:
+        The folder: a policy to pass as ``init``, ``demonstrations.safetensors``, ``warmup.json``.
+
+    Raises:
+        UserError: If the folder is taken or cannot be written, or the expert fails too often.
+    """
+    parts, folder = parts or Parts(), Path(settings.output)
+    if (folder / "policy.json").exists() and not force:
+        raise UserError(
+            f"{folder} already holds a warm-up: choose another --output, or pass --force to "
+            f"replace it"
+        )
+    load = parts.load_backbone if settings.init is None else parts.load_policy
+    where = (settings.device,) if settings.init is None else (settings.init, settings.device)
+    policy = load(*where)
+    demonstrations = collect_demonstrations(settings, parts=parts)
+    save_demonstrations(demonstrations, folder / DEMONSTRATIONS)
+    history = warm_up(policy, demonstrations, settings)
+    try:
+        parts.save_policy(policy, folder)
+        about = {**asdict(settings), **history[-1]}
+        (folder / "warmup.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}; free space") from error
+    return folder
+
+
+def collect_demonstrations(
+    settings: WarmUp, *, num_envs: int = 64, act: Expert | None = None, parts: Parts | None = None
+) -> Demonstrations:
+    """Let the expert act until there are enough successful episodes.
+
+    Each is cut ``tail`` steps after its first success; those that do not end in success are
+    dropped.
+
+    Args:
+        settings: What to collect.
+        num_envs: Episodes run at once.
+        act: The expert, given the environment, a gain per episode and a generator.
+        parts: Environment.
+
+    Raises:
+        UserError: If the expert solves too few episodes.
+    """
+    act, parts = act or tabletop_expert(settings.noise), parts or Parts()
+    env = parts.make_env(
+        settings.env, split="train", num_envs=num_envs, sim=settings.sim, device=settings.device
+    )
+    generator = torch.Generator(env.device).manual_seed(settings.seed)
+    kept: list[tuple[Tensor, Tensor, str]] = []
+    tried = 0
+    first = _FIRST_ID + 10_000 * (settings.seed % 50)
+    while len(kept) < settings.episodes and tried < 4 * settings.episodes + num_envs:
+        kept += _demonstrate(env, first + tried, settings, act, generator)
+        tried += num_envs
+    if len(kept) < settings.episodes:
+        raise UserError(
+            f"the expert solved only {len(kept)} of {tried} episodes of {settings.env}: "
+            f"lower noise {settings.noise:g} or raise gain {settings.gain}"
+        )
+    kept = kept[: settings.episodes]
+    lengths = [len(action) for _, action, _ in kept]
+    return Demonstrations(
+        image=torch.cat([image for image, _, _ in kept]),
+        action=torch.cat([action for _, action, _ in kept]),
+        episode_index=torch.arange(len(kept)).repeat_interleave(torch.tensor(lengths)),
+        step_index=torch.cat([torch.arange(length) for length in lengths]),
+        instructions=tuple(text for _, _, text in kept),
+        origin={
+            name: value
+            for name, value in asdict(settings).items()
+            if name in ("env", "sim", "seed", "gain", "noise", "levels", "tail")
+        }
+        | {"split": "train"},
+    )
+
+
+def warm_up(
+    policy: Policy, demonstrations: Demonstrations, settings: WarmUp
+) -> list[dict[str, float]]:
+    """Fine-tune the policy on demonstrations, in place (Eq. 1).
+
+    Returns:
+        Loss (nats per token) and accuracy, averaged over each tenth of the steps.
+
+    Raises:
+        TrainingDivergedError: If the loss is not finite.
+    """
+    rates = Optimizer(learning_rate=settings.learning_rate, grad_clip=1.0)
+    optimizer, algorithm = make_optimizer(policy, rates), Algorithm(algo="sft")
+    parameters = list(policy.policy_parameters())
+    generator = torch.Generator(parameters[0].device).manual_seed(settings.seed)
+    history: list[dict[str, float]] = []
+    sums: dict[str, float] = {}
+    every = max(1, settings.steps // 10)
+    with Display("warm-up", settings.steps) as display:
+        for step in range(settings.steps):
+            factor = schedule_factor(rates, step, settings.steps, warmup=0)
+            optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
+            batch = demonstrations.sample(policy, settings.batch, generator)
+            loss, part = losses(policy, batch, algorithm, temperature=1.0, value_only=False)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, rates.grad_clip)
+            optimizer.step()
+            _add(sums, part)
+            if (step + 1) % every == 0 or step + 1 == settings.steps:
+                history.append(_finish(sums, step + 1))
+                sums = {}
+            display.advance(history[-1] if history else {})
+    return history
+
+
+def _demonstrate(
+    env: VectorEnv, first: int, settings: WarmUp, act: Expert, generator: torch.Generator
+) -> list[tuple[Tensor, Tensor, str]]:
+    """Run one batch of episodes and return the successful ones: frames, actions, instruction."""
+    ids = torch.arange(first, first + env.num_envs, device=env.device)
+    frame = env.reset(ids)
+    instructions = list(env.instructions)
+    low, high = settings.gain
+    draw = torch.rand(env.num_envs, generator=generator, device=env.device)
+    gain = low + (high - low) * draw
+    frames, actions, successes = [], [], []
+    for _ in range(env.horizon):
+        action = grid(act(env, gain, generator), settings.levels)
+        frames.append(frame.clone())
+        actions.append(action)
+        step = env.step(action)
+        frame = step.image
+        successes.append(step.info["success"].clone())
+    success = torch.stack(successes).cpu()
+    image, action = torch.stack(frames, 1).cpu(), torch.stack(actions, 1).cpu()
+    found = []
+    for b in success[-1].nonzero().flatten().tolist():
+        length = int(success[:, b].int().argmax()) + 1 + settings.tail
+        found.append((image[b, :length], action[b, :length], instructions[b]))
+    return found
+
+
+def _add(sums: dict[str, float], parts: Mapping[str, Tensor]) -> None:
+    for name in ("loss/total", "policy/accuracy", "policy/entropy"):
+        sums[name] = sums.get(name, 0.0) + float(parts[name])
+    sums["count"] = sums.get("count", 0.0) + 1
+
+
+def _finish(sums: dict[str, float], step: int) -> dict[str, float]:
+    count = sums.pop("count")
+    if not math.isfinite(sums["loss/total"]):
+        raise TrainingDivergedError(
+            f"the warm-up's loss is {sums['loss/total']} by step {step}: lower --learning-rate"
+        )
+    return {"step": step, **{name: total / count for name, total in sums.items()}}

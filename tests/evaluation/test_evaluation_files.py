@@ -1,0 +1,143 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from evaluation_fakes import CountingEnv, RandomPolicy
+
+from roadvla.errors import UserError
+from roadvla.evaluation.evaluate import evaluate
+from roadvla.evaluation.files import film_path, read_evaluation, read_film, write_evaluation
+
+
+@pytest.fixture
+def evaluation():
+    result = evaluate(
+        RandomPolicy(),
+        env="VR-X",
+        split="train",
+        episodes=7,
+        num_envs=3,
+        record=2,
+        make_env=lambda env, num_envs, **_: CountingEnv(num_envs),
+    )
+    return dataclasses.replace(result, checkpoint="runs/a/checkpoints/iteration_000040")
+
+
+def test_round_trip_gives_the_same_evaluation_and_film(evaluation, tmp_path):
+    path = write_evaluation(evaluation, tmp_path / "new" / "evaluation")
+    assert path == tmp_path / "new" / "evaluation" / "VR-X_train.json"
+    assert read_evaluation(path) == dataclasses.replace(evaluation, film=None)
+    film = read_film(path.with_name("VR-X_train_frames.npz"))
+    assert torch.equal(film.frames, evaluation.film.frames)
+    assert torch.equal(film.success, evaluation.film.success)
+    assert film.instructions == ("do 0", "do 1")
+    assert film.episode_ids == (0, 1)
+    assert sorted(p.name for p in path.parent.iterdir()) == [
+        "VR-X_train.json",
+        film_path(path).name,
+    ]
+
+
+def test_json_says_what_the_contract_says(evaluation, tmp_path):
+    evaluation = dataclasses.replace(evaluation, iteration=40, env_steps=61440)
+    data = json.loads(write_evaluation(evaluation, tmp_path).read_text())
+    assert data["success_rate"] == pytest.approx(3 / 7)  # ids 0 3 6
+    assert (data["episodes"], data["iteration"], data["env_steps"]) == (7, 40, 61440)
+    assert data["per_episode"]["episode_ids"] == list(range(7))
+    assert data["per_episode"]["success"] == [1, 0, 0, 1, 0, 0, 1]
+    assert data["per_episode"]["success_once"] == [1, 1, 0, 1, 1, 0, 1]
+    assert data["success_low"] < data["success_rate"] < data["success_high"]
+
+
+def test_a_new_evaluation_takes_the_old_film_away(evaluation, tmp_path):
+    path = write_evaluation(evaluation, tmp_path)
+    write_evaluation(dataclasses.replace(evaluation, film=None), tmp_path)
+    assert not film_path(path).exists()
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(evaluation, tmp_path, monkeypatch):
+    path = write_evaluation(dataclasses.replace(evaluation, film=None), tmp_path)
+    before = path.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left on device; free space"):
+        write_evaluation(dataclasses.replace(evaluation, film=None, env_steps=5), tmp_path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def _set(*keys, value):
+    def change(data):
+        for key in keys[:-1]:
+            data = data[key]
+        data[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.pop("horizon"), "'horizon' is missing"),
+        (_set("env", value=3), "'env' is 3"),
+        (_set("episodes", value=True), "'episodes' is True"),
+        (_set("split", value="ood"), "split is 'ood'"),
+        (_set("episodes", value=8), "episode_ids does not list 8"),
+        (_set("per_episode", "grasped", value=[1]), "grasped does not list 7"),
+        (_set("per_episode", "success", 1, value=2), "success holds something other than 0 and 1"),
+        (_set("per_episode", "success", 1, value=0.5), "other than whole numbers"),
+        (_set("per_episode", "success", 0, value=False), "other than whole numbers"),
+        (_set("per_episode", "success", 2, value=1), "succeeded at its end but never"),
+        (_set("per_episode", "episode_ids", 2, value=0), "occurs twice"),
+        (_set("per_episode", "success", 0, value=0), "success_rate is 0.42857"),
+        (_set("grasp_rate", value=0.9), "grasp_rate is 0.9"),
+        (_set("success_low", value=float("nan")), "success_low is nan"),
+    ],
+)
+def test_damage_is_named(evaluation, tmp_path, change, message):
+    path = write_evaluation(evaluation, tmp_path)
+    data = json.loads(path.read_text())
+    change(data)
+    path.write_text(json.dumps(data))
+    with pytest.raises(UserError, match=message) as caught:
+        read_evaluation(path)
+    assert "VR-X_train.json" in str(caught.value)
+
+
+def test_unreadable_files_are_named(tmp_path):
+    with pytest.raises(UserError, match="cannot read"):
+        read_evaluation(tmp_path / "none.json")
+    path = tmp_path / "half.json"
+    path.write_text('{"env": "VR')
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_evaluation(path)
+    path.write_text("[1]")
+    with pytest.raises(UserError, match="does not hold an evaluation"):
+        read_evaluation(path)
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_evaluation(path)
+
+
+def test_damaged_films_are_named(evaluation, tmp_path):
+    path = film_path(write_evaluation(evaluation, tmp_path))
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", b"not an archive"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="not a film"):
+            read_film(path)
+    np.savez(path, frames=np.zeros((1, 5, 2, 2, 3), np.uint8))
+    with pytest.raises(UserError, match="not a film"):
+        read_film(path)
+    np.savez(path, **{name: np.array([{}]) for name in ("frames", "success")})  # pickled
+    with pytest.raises(UserError, match="not a film"):
+        read_film(path)
+    with pytest.raises(UserError, match="does not exist"):
+        read_film(tmp_path / "none.npz")
