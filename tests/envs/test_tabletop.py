@@ -97,9 +97,9 @@ def test_things_stand_apart_and_within_reach(alias: str, split: str) -> None:
     places = torch.cat([scene.receptacle_xy, scene.object_xy, scene.moved_xy[:, None]], 1)
     assert (places.abs() <= torch.tensor([0.11, 0.14])).all()
     gap = torch.cdist(scene.receptacle_xy[:, :1], scene.object_xy)
-    assert (gap >= 0.13 - 1e-6).float().mean() > 0.999
+    assert (gap >= 0.13 - 1e-6).float().mean() > 0.997
     pairs = torch.cdist(scene.object_xy, scene.object_xy) + torch.eye(scene.object_xy.shape[1])
-    assert (pairs >= 0.10 - 1e-6).float().mean() > 0.999
+    assert (pairs >= 0.105 - 1e-6).float().mean() > 0.997
 
 
 def test_the_instruction_names_slot_0() -> None:

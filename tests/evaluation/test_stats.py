@@ -104,6 +104,22 @@ def test_perfect_seeds_still_have_an_interval():
     assert estimate.high == 1.0
 
 
+def test_shared_episodes_are_not_counted_once_per_seed():
+    # Three equal seeds: t is empty, and what is known is what 150 episodes tell, not 450.
+    table = outcomes(0, [0.6], 150).repeat(3, axis=0)
+    rate = table.mean()
+    half = 1.959964 * math.sqrt(rate * (1 - rate) / 150)
+    estimate = seed_interval(table)
+    assert (estimate.high - estimate.low) / 2 == pytest.approx(half, rel=0.06)
+    against_itself = unpaired_difference(table, table)  # as if of two sets of 150 episodes
+    width = against_itself.high - against_itself.low
+    assert width / 2 == pytest.approx(math.sqrt(2) * half, rel=0.06)
+
+
+def test_seeds_and_episodes_are_drawn_independently():
+    assert stats._bootstrap(np.eye(6), "episodes", 4000).mean() == pytest.approx(1 / 6, abs=0.01)
+
+
 def test_bootstrap_matches_a_loop_that_draws_seeds_and_episodes():
     table = outcomes(3, [0.5, 0.6, 0.8], 40).astype(float)
     rng = np.random.default_rng(1)

@@ -4,7 +4,7 @@ import pytest
 
 from roadvla.errors import UserError
 from roadvla.experiments.presets import DEPARTURES, PAPER, PRESETS, get_preset
-from roadvla.train.config import difference, from_dict, setting, to_dict
+from roadvla.train.serialize import difference, from_dict, setting, to_dict
 
 
 def test_an_unknown_preset_names_the_nearest():

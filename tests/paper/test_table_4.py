@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from roadvla.experiments.presets import ELSEWHERE, get_preset
-from roadvla.train.config import setting
+from roadvla.train.serialize import setting
 
 SHARED = {
     "Parallel environments": ("rollout.num_envs", 64),

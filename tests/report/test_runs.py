@@ -21,7 +21,7 @@ def test_runs_are_found_at_any_depth_and_once(tmp_path):
     # Neither what lies in checkpoints nor a configuration alone is a run.
     small(tmp_path / "study" / "road" / "checkpoints" / "old", name="x")
     (tmp_path / "study" / "config.json").write_text("{}")
-    runs = read_runs([tmp_path / "study", tmp_path / "study" / "road"])
+    runs = read_runs([tmp_path / "study", tmp_path / "study" / "a" / ".." / "road"])
     assert [(run.method, run.seed, run.algo) for run in runs] == [
         ("ppo", 0, "ppo"),
         ("road", 4, "road"),

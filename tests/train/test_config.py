@@ -12,11 +12,8 @@ from roadvla.train.config import (
     Experiment,
     Optimizer,
     RolloutConfig,
-    difference,
-    fingerprint,
-    from_dict,
-    to_dict,
 )
+from roadvla.train.serialize import difference, fingerprint, from_dict, to_dict
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -52,7 +49,7 @@ from roadvla.train.config import (
     ],
 )
 def test_contradictory_algorithms_are_refused_in_one_line(settings, says):
-    with pytest.raises(UserError, match="^[^\n]*$") as error:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
         Algorithm(**settings)
     assert says in str(error.value)
 
@@ -85,7 +82,7 @@ def test_contradictory_algorithms_are_refused_in_one_line(settings, says):
     ],
 )
 def test_values_out_of_range_are_refused(kind, settings):
-    with pytest.raises(UserError, match="^[^\n]*$"):
+    with pytest.raises(UserError, match=r"^[^\n]*$"):
         kind(**settings)
 
 
@@ -155,7 +152,7 @@ def _changed(path: str, value: object) -> dict:
     ],
 )
 def test_a_damaged_configuration_is_refused(path, value, says):
-    with pytest.raises(UserError, match="^[^\n]*$") as error:
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
         from_dict(_changed(path, value), source="config.json")
     assert says in str(error.value)
 

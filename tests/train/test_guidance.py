@@ -1,10 +1,12 @@
 from __future__ import annotations
 
-import oracles
+import itertools
+
 import pytest
 import torch
-from probes import ColourEnv, TablePolicy
 
+import oracles
+from probes import ColourEnv, TablePolicy
 from roadvla.train.config import Algorithm
 from roadvla.train.guidance import explained_variance, guide, time_step_share
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
@@ -89,7 +91,7 @@ def test_road_follows_algorithm_1():
     keep = rollout.active.flatten().tolist()
 
     def flat(table):
-        return [x for x, k in zip(sum(table, []), keep, strict=True) if k]
+        return [x for x, k in zip(itertools.chain(*table), keep, strict=True) if k]
 
     weight, agree, _ = oracles.guidance(flat(live), flat(other), alpha=0.5, clip=2.0, eps=1e-8)
     assert torch.allclose(batch.weight, torch.tensor(weight), atol=1e-4)
@@ -147,7 +149,9 @@ def test_grpo_compares_whole_episodes_of_a_group():
 def test_rollout_metrics_are_those_of_the_episodes():
     rollout = lived()
     _, metrics = guide(rollout, Algorithm(), None)
-    assert float(metrics["rollout/success_rate"]) == float(rollout.outcome["success"].float().mean())
+    assert float(metrics["rollout/success_rate"]) == float(
+        rollout.outcome["success"].float().mean()
+    )
     assert float(metrics["rollout/return"]) == pytest.approx(float(rollout.reward.sum()) / 16)
 
 

@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from probes import ColourEnv, TablePolicy
 
+from probes import ColourEnv, TablePolicy
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
 
 
@@ -52,9 +52,7 @@ def test_same_generator_same_rollout():
 
 
 def test_log_probs_are_those_of_the_tempered_distribution():
-    got = collect(
-        TablePolicy(), ColourEnv(8), training_episode_ids(0, 0, 8), temperature=0.5
-    )
+    got = collect(TablePolicy(), ColourEnv(8), training_episode_ids(0, 0, 8), temperature=0.5)
     logits, _ = TablePolicy().evaluate(
         type(got.observation)(got.observation.image[0], got.observation.prompt[0]),
         got.action_tokens[0],

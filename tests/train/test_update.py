@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from probes import BINS, COLOURS, TOKENS, ColourEnv, TablePolicy
 
+from probes import BINS, COLOURS, TOKENS, ColourEnv, TablePolicy
 from roadvla.objective import (
     agd_loss,
     entropy,
@@ -27,8 +27,6 @@ from roadvla.train.update import (
     update,
 )
 from roadvla.types import Batch, Observation
-
-LOGITS = {"algo": "road", "alpha": 0.0}
 
 
 def make_batch(count=64, seed=0, *, logits=False) -> Batch:
@@ -178,16 +176,16 @@ def test_accumulating_4_passes_of_8_is_one_of_32(count):
     split, few = train_once(
         batch, algorithm, settings=Optimizer(learning_rate=0.01, minibatch=8, accumulation=4)
     )
-    whole, one = train_once(
-        batch, algorithm, settings=Optimizer(learning_rate=0.01, minibatch=32)
-    )
+    whole, one = train_once(batch, algorithm, settings=Optimizer(learning_rate=0.01, minibatch=32))
     for a, b in zip(split.parameters(), whole.parameters(), strict=True):
         assert torch.allclose(a, b, atol=2e-6)
     for name in ("loss/total", "loss/agd", "policy/entropy", "loss/grad_norm"):
         assert float(few[name]) == pytest.approx(float(one[name]), abs=1e-5)
 
 
-@pytest.mark.parametrize(("count", "minibatch", "accumulation"), [(64, 16, 1), (61, 8, 2), (5, 4, 1)])
+@pytest.mark.parametrize(
+    ("count", "minibatch", "accumulation"), [(64, 16, 1), (61, 8, 2), (5, 4, 1)]
+)
 def test_every_epoch_uses_every_transition_once(count, minibatch, accumulation, monkeypatch):
     batch = make_batch(count)
     batch = replace(batch, returns=torch.arange(count).float())
@@ -348,8 +346,6 @@ def test_the_right_colour_is_learned(algorithm):
         ids = training_episode_ids(0, 64 * iteration, 64, repeats=repeats)
         rollout = collect(policy, env, ids, temperature=1.0, generator=generator)
         batch, _ = guide(rollout, algorithm, None)
-        update(
-            policy, optimizer, batch, algorithm, settings, temperature=1.0, generator=generator
-        )
+        update(policy, optimizer, batch, algorithm, settings, temperature=1.0, generator=generator)
     assert before < 0.45
     assert policy.hit_rate() > 0.75

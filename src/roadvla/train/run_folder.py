@@ -12,7 +12,8 @@ from pathlib import Path
 
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import describe_machine
-from roadvla.train.config import Experiment, difference, from_dict, setting, to_dict
+from roadvla.train.config import Experiment
+from roadvla.train.serialize import difference, from_dict, setting, to_dict
 
 CONFIG = "config.json"
 _PARTS = (CONFIG, "metrics.jsonl", "metrics.partial", "tensorboard", "checkpoints", "evaluation")

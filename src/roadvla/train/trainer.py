@@ -26,7 +26,7 @@ from roadvla.train.checkpoint import (
     restore_optimizer,
     save_checkpoint,
 )
-from roadvla.train.config import Experiment, fingerprint
+from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
 from roadvla.train.guidance import guide
 from roadvla.train.interrupt import Interrupted, catch_interrupts
@@ -34,6 +34,7 @@ from roadvla.train.metrics import MetricsWriter, Stopwatch, peak_memory, to_floa
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
 from roadvla.train.run_folder import check_resumable, create_run_folder, resume_command
+from roadvla.train.serialize import fingerprint
 from roadvla.train.update import make_optimizer, set_learning_rates, update
 from roadvla.types import Batch
 
@@ -108,7 +109,7 @@ def _loop(trainer: Trainer, folder: Path) -> None:
         Display(title, total, done=start.iteration) as display,
     ):
         if start.iteration == 0 and experiment.evaluation.every:
-            writer.write(0, 0, trainer.measure(experiment.evaluation.episodes))
+            writer.write(0, 0, _evaluation_metrics(trainer.measure(experiment.evaluation.episodes)))
         with catch_interrupts() as interrupts:
             while trainer.progress.iteration < total and not interrupts.requested:
                 metrics = trainer.iterate()
@@ -123,9 +124,13 @@ def _loop(trainer: Trainer, folder: Path) -> None:
         results = folder / "evaluation"
         if experiment.evaluation.final_episodes and not trainer.is_evaluated(results):
             display.say("final evaluation, in and out of distribution")
-            final = trainer.measure(experiment.evaluation.final_episodes, write_to=results)
-            writer.amend(final)
-            display.advance(final, steps=0)
+            final = trainer.measure(experiment.evaluation.final_episodes, record=_FILMED)
+            metrics = _evaluation_metrics(final)
+            # The files come last: once they are there, nothing is left to do.
+            writer.amend(metrics)
+            for result in final:
+                write_evaluation(result, results)
+            display.advance(metrics, steps=0)
 
 
 def _stopped(folder: Path) -> str:
@@ -213,7 +218,7 @@ class Trainer:
         )
         if experiment.evaluation.due(iteration + 1) and iteration + 1 < self.iterations:
             with watch.phase("evaluation"):
-                values |= self.measure(experiment.evaluation.episodes)
+                values |= _evaluation_metrics(self.measure(experiment.evaluation.episodes))
         return {
             **values,
             "policy/learning_rate": rate,
@@ -223,31 +228,40 @@ class Trainer:
             "memory/peak_mb": peak_memory(self._device),
         }
 
-    def measure(self, episodes: int, *, write_to: Path | None = None) -> dict[str, float]:
+    def measure(self, episodes: int, *, record: int = 0) -> tuple[Evaluation, Evaluation]:
         """Evaluate in and out of distribution.
 
         Args:
             episodes: Of each split.
-            write_to: Where to keep every outcome and a short film, as the final evaluation does.
+            record: Episodes of each split to film.
         """
-        metrics: dict[str, float] = {}
-        for split in SPLITS:
-            result = evaluate(
+        experiment, progress = self.experiment, self.progress
+        results = [
+            evaluate(
                 self.policy,
-                env=self.experiment.env,
+                env=experiment.env,
                 split=split,
-                sim=self.experiment.sim,
+                sim=experiment.sim,
                 episodes=episodes,
-                temperature=self.experiment.evaluation.temperature,
-                num_envs=self.experiment.rollout.num_envs,
-                device=self.experiment.device,
-                record=min(_FILMED, episodes) if write_to else 0,
+                temperature=experiment.evaluation.temperature,
+                num_envs=experiment.rollout.num_envs,
+                device=experiment.device,
+                record=min(record, episodes),
                 make_env=self._parts.make_env,
             )
-            metrics |= _evaluation_metrics(split, result)
-            if write_to is not None:
-                write_evaluation(self._signed(result), write_to)
-        return metrics
+            for split in SPLITS
+        ]
+        checkpoint = f"checkpoints/iteration_{progress.iteration:06d}"
+        train_split, test_split = (
+            dataclasses.replace(
+                result,
+                checkpoint=checkpoint,
+                iteration=progress.iteration,
+                env_steps=progress.env_steps,
+            )
+            for result in results
+        )
+        return train_split, test_split
 
     def is_evaluated(self, folder: Path) -> bool:
         """Whether the folder holds evaluations of the policy as it is now."""
@@ -309,14 +323,6 @@ class Trainer:
             return self._parts.load_backbone(self._device)
         return self._parts.load_policy(policy_folder(Path(source)), self._device)
 
-    def _signed(self, result: Evaluation) -> Evaluation:
-        return dataclasses.replace(
-            result,
-            checkpoint=f"checkpoints/iteration_{self.progress.iteration:06d}",
-            iteration=self.progress.iteration,
-            env_steps=self.progress.env_steps,
-        )
-
     def _refuse_divergence(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
             if not math.isfinite(value):
@@ -328,15 +334,19 @@ class Trainer:
                 )
 
 
-def _evaluation_metrics(split: str, result: Evaluation) -> dict[str, float]:
-    return {
-        f"eval/{split}/success_rate": result.success_rate,
-        f"eval/{split}/success_once": result.success_once_rate,
-        f"eval/{split}/grasp_rate": result.grasp_rate,
-        f"eval/{split}/low": result.success_low,
-        f"eval/{split}/high": result.success_high,
-        f"eval/{split}/episodes": result.episodes,
-    }
+def _evaluation_metrics(results: tuple[Evaluation, ...]) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for result in results:
+        numbers = {
+            "success_rate": result.success_rate,
+            "success_once": result.success_once_rate,
+            "grasp_rate": result.grasp_rate,
+            "low": result.success_low,
+            "high": result.success_high,
+            "episodes": float(result.episodes),
+        }
+        metrics |= {f"eval/{result.split}/{name}": value for name, value in numbers.items()}
+    return metrics
 
 
 def _device(name: str) -> torch.device:

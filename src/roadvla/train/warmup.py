@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
@@ -17,8 +17,10 @@ from roadvla.envs.base import VectorEnv
 from roadvla.envs.tabletop import TabletopEnv, expert
 from roadvla.errors import UserError
 from roadvla.policy.base import Policy
+from roadvla.train.checkpoint import policy_folder
 from roadvla.train.config import Algorithm, Optimizer
 from roadvla.train.demonstrations import Demonstrations, save_demonstrations
+from roadvla.train.metrics import to_floats
 from roadvla.train.primitives import grid
 from roadvla.train.progress import Display
 from roadvla.train.trainer import Parts, TrainingDivergedError
@@ -106,9 +108,10 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
             f"{folder} already holds a warm-up: choose another --output, or pass --force to "
             f"replace it"
         )
-    load = parts.load_backbone if settings.init is None else parts.load_policy
-    where = (settings.device,) if settings.init is None else (settings.init, settings.device)
-    policy = load(*where)
+    if settings.init is None:
+        policy = parts.load_backbone(settings.device)
+    else:
+        policy = parts.load_policy(policy_folder(Path(settings.init)), settings.device)
     demonstrations = collect_demonstrations(settings, parts=parts)
     save_demonstrations(demonstrations, folder / DEMONSTRATIONS)
     history = warm_up(policy, demonstrations, settings)
@@ -187,7 +190,7 @@ def warm_up(
     parameters = list(policy.policy_parameters())
     generator = torch.Generator(parameters[0].device).manual_seed(settings.seed)
     history: list[dict[str, float]] = []
-    sums: dict[str, float] = {}
+    window: list[dict[str, Tensor]] = []
     every = max(1, settings.steps // 10)
     with Display("warm-up", settings.steps) as display:
         for step in range(settings.steps):
@@ -199,10 +202,10 @@ def warm_up(
             loss.backward()
             torch.nn.utils.clip_grad_norm_(parameters, rates.grad_clip)
             optimizer.step()
-            _add(sums, part)
+            window.append(part)
             if (step + 1) % every == 0 or step + 1 == settings.steps:
-                history.append(_finish(sums, step + 1))
-                sums = {}
+                history.append({"step": float(step + 1), **_averages(window)})
+                window = []
             display.advance(history[-1] if history else {})
     return history
 
@@ -234,16 +237,12 @@ def _demonstrate(
     return found
 
 
-def _add(sums: dict[str, float], parts: Mapping[str, Tensor]) -> None:
-    for name in ("loss/total", "policy/accuracy", "policy/entropy"):
-        sums[name] = sums.get(name, 0.0) + float(parts[name])
-    sums["count"] = sums.get("count", 0.0) + 1
-
-
-def _finish(sums: dict[str, float], step: int) -> dict[str, float]:
-    count = sums.pop("count")
-    if not math.isfinite(sums["loss/total"]):
+def _averages(window: list[dict[str, Tensor]]) -> dict[str, float]:
+    names = ("loss/total", "policy/accuracy", "policy/entropy")
+    means = {name: torch.stack([part[name] for part in window]).mean() for name in names}
+    values = to_floats(means)
+    if not math.isfinite(values["loss/total"]):
         raise TrainingDivergedError(
-            f"the warm-up's loss is {sums['loss/total']} by step {step}: lower --learning-rate"
+            f"the warm-up's loss became {values['loss/total']}: lower --learning-rate"
         )
-    return {"step": step, **{name: total / count for name, total in sums.items()}}
+    return values

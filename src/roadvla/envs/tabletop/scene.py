@@ -36,9 +36,9 @@ NUM_TABLES = 16
 NUM_OVERLAYS = 16
 
 _RECEPTACLE_GAP = 0.13
-_OBJECT_GAP = 0.10
+_OBJECT_GAP = 0.105
 _START = (0.0, 0.0, 0.14)
-_CANDIDATES = 64
+_CANDIDATES = 48
 
 # Of the 32 colour-shape pairs three colours of each shape are kept for the test split.
 _PAIRS = [(shape, colour) for shape in range(4) for colour in range(8)]
