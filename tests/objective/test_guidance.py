@@ -106,6 +106,10 @@ def test_composition_and_defaults() -> None:
     assert torch.equal(weight, perturbation_weight(mixed, clip=2.0, eps=1e-8))
     assert torch.equal(weight, standardize(mixed).clamp(-2.0, 2.0))
     assert torch.equal(agree, reported)
+    everywhere, _ = mixed_advantage(own, other, alpha=0.3, gate=False)
+    weight, agree = guidance_weight(own, other, alpha=0.3, clip=1.5, gate=False)
+    assert torch.equal(weight, perturbation_weight(everywhere, clip=1.5))
+    assert torch.equal(agree, reported)
 
 
 def test_float32_in_float32_out_and_no_gradient() -> None:

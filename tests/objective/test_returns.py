@@ -116,6 +116,7 @@ def test_batch_form_sums_normalized_rewards_to_go() -> None:
     assert torch.allclose(result, torch.tensor([[1.0, -1.0], [1.0, 0.0]]))
 
 
+@pytest.mark.filterwarnings("error")
 def test_nothing_to_compare_is_no_advantage() -> None:
     for form in ("group", "batch"):
         assert not grpo_advantage(torch.zeros(3, 4), form=form).any()

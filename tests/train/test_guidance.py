@@ -133,6 +133,20 @@ def test_gate_and_sign_gate_are_passed_on():
     assert torch.equal(clipped.weight, gated.weight.clamp(-0.5, 0.5))
 
 
+def test_the_value_after_the_horizon_counts_only_when_asked():
+    policy = TablePolicy()
+    with torch.no_grad():
+        policy.value_head += 1.0
+    rollout = collect(
+        policy, ColourEnv(8), training_episode_ids(0, 0, 8), temperature=1.0, bootstrap=True
+    )
+    for asked in (False, True):
+        batch, _ = guide(rollout, Algorithm(bootstrap_truncated=asked), None)
+        # δ at the last step is r - V, plus γ V of what follows when it counts; V is 1 everywhere
+        expected = rollout.reward[-1] + (0.99 if asked else 0.0)
+        assert torch.allclose(batch.returns.view(4, 8)[-1], expected)
+
+
 def test_grpo_compares_whole_episodes_of_a_group():
     rollout = lived(end_on_success=False, groups=4)
     batch, metrics = guide(rollout, Algorithm(algo="grpo", group_size=4), None)

@@ -153,6 +153,18 @@ def test_the_value_head_can_learn_alone():
     assert float(metrics["policy/kl"]) == 0.0
 
 
+def test_the_trunk_stays_even_where_the_value_depends_on_it(monkeypatch):
+    def value_from_trunk(self, observation, action_tokens):
+        colour = self._colour(observation)
+        logits = torch.einsum("nc,ckv->nkv", colour, self.table)
+        return logits, colour @ self.value_head + logits.mean((1, 2))
+
+    monkeypatch.setattr(TablePolicy, "evaluate", value_from_trunk)
+    alone, _ = train_once(make_batch(), Algorithm(), value_only=True)
+    assert torch.equal(alone.table, TablePolicy().table)
+    assert not torch.equal(alone.value_head, TablePolicy().value_head)
+
+
 # Identities.
 
 

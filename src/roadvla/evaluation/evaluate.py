@@ -161,19 +161,7 @@ def evaluate(
         env, make_env = envs.setting(env).alias, envs.make_env
     begun = time.perf_counter()
     world = make_env(env, split=split, num_envs=num_envs, sim=sim, device=device)
-    outcomes: list[tuple[bool, ...]] = []
-    films: list[Film] = []
-    for batch, start in enumerate(range(0, episodes, num_envs)):
-        ids = torch.arange(start, start + num_envs, device=world.device)
-        filmed = max(0, min(num_envs, record - start))
-        batch_outcomes, film = _run_batch(
-            policy, world, ids, temperature, _generator(seed, batch, world.device), filmed
-        )
-        outcomes += batch_outcomes[: episodes - start]
-        if film is not None:
-            films.append(film)
-        if on_progress is not None:
-            on_progress(len(outcomes), sum(success for success, *_ in outcomes))
+    outcomes, film = _run_all(policy, world, episodes, temperature, seed, record, on_progress)
     success, success_once, grasped = zip(*outcomes, strict=True)
     return Evaluation(
         env=env,
@@ -190,8 +178,33 @@ def evaluate(
         machine=describe_machine(device),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         torch=str(torch.__version__),
-        film=_join(films),
+        film=film,
     )
+
+
+def _run_all(
+    policy: Policy,
+    world: VectorEnv,
+    episodes: int,
+    temperature: float,
+    seed: int,
+    record: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> tuple[list[tuple[bool, ...]], Film | None]:
+    """Run batch after batch; each row of outcomes is success, success_once, grasped."""
+    outcomes: list[tuple[bool, ...]] = []
+    films: list[Film] = []
+    for batch, start in enumerate(range(0, episodes, world.num_envs)):
+        ids = torch.arange(start, start + world.num_envs, device=world.device)
+        filmed = max(0, min(world.num_envs, record - start))
+        generator = _generator(seed, batch, world.device)
+        batch_outcomes, film = _run_batch(policy, world, ids, temperature, generator, filmed)
+        outcomes += batch_outcomes[: episodes - start]
+        if film is not None:
+            films.append(film)
+        if on_progress is not None:
+            on_progress(len(outcomes), sum(success for success, *_ in outcomes))
+    return outcomes, _join(films)
 
 
 def _run_batch(

@@ -143,9 +143,7 @@ class TinyVLA(nn.Module):
             return False
         mine, theirs = self.vision.state_dict(), other.vision.state_dict()
         return mine.keys() == theirs.keys() and all(
-            weight.shape == theirs[name].shape
-            and torch.equal(weight, theirs[name].to(weight.device))
-            for name, weight in mine.items()
+            torch.equal(weight, theirs[name].to(weight.device)) for name, weight in mine.items()
         )
 
     def policy_parameters(self) -> Iterator[nn.Parameter]:

@@ -103,7 +103,7 @@ def update(
     probe = select(batch, torch.randperm(count, generator=generator, device=device)[:_PROBE])
     before = _log_probs(policy, probe, temperature)
     totals = _Means()
-    for _ in range(1 if value_only else algorithm.epochs):
+    for _ in range(algorithm.epochs):
         order = torch.randperm(count, generator=generator, device=device)
         for group in _split(order, settings.minibatch * settings.accumulation):
             optimizer.zero_grad(set_to_none=True)

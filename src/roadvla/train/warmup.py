@@ -64,7 +64,7 @@ class WarmUp:
     noise: float = 0.1
     levels: int = 8
     tail: int = 6
-    steps: int = 300
+    steps: int = 180
     batch: int = 128
     learning_rate: float = 6e-4
 
