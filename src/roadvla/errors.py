@@ -1,4 +1,4 @@
-"""The one exception that reaches people: a line that names the value, what was expected, the fix."""
+"""The one exception that reaches people: one line naming the value, what was expected, the fix."""
 
 from __future__ import annotations
 

@@ -67,6 +67,20 @@ def test_episodes_are_cut_some_steps_after_their_first_success():
     assert late.step_index.tolist() == [0, 1, 2, 3] * 10
 
 
+def test_success_that_is_lost_again_is_not_kept():
+    def act(env, gain, generator):
+        action = namer()(env, gain, generator)
+        if env.t == env.horizon - 1:
+            action[:, 6] += (env.ids % 2).float()
+        return action
+
+    env = LastDimension(1)
+    kept = [i for i in range(500_000, 500_040) if i % 5 and i % 2 == 0][:10]
+    frames = torch.cat([env.reset(torch.tensor([i])) for i in kept])
+    got = collected(act=act)
+    assert torch.equal(got.image[got.step_index == 0], frames)
+
+
 def test_the_recorded_actions_are_those_that_were_taken():
     got = collected()
     env = LastDimension(1)

@@ -55,7 +55,7 @@ def shift_sampled(
     action_tokens: Int[Tensor, "*N K"],
     bump: Float[Tensor, "*N K"],
 ) -> Float[Tensor, "*N K V"]:
-    """Add a bump (a constant) to the sampled token's logit alone; float32 or better, no gradient."""
+    """Add a bump to the sampled token's logit alone; float32 or better, no gradient."""
     logits = at_least_float32(logits.detach())
     index = action_tokens.long().unsqueeze(-1)
     return logits.scatter_add(-1, index, bump.to(logits.dtype).unsqueeze(-1))

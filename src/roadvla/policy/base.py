@@ -37,7 +37,7 @@ class Policy(Protocol):
     def evaluate(
         self, observation: Observation, action_tokens: Int[Tensor, "N K"]
     ) -> tuple[Float[Tensor, "N K V"], Float[Tensor, " N"]]:
-        """Teacher-forced raw logits of all K positions and the value, in one pass, with gradient."""
+        """Teacher-forced raw logits of all K positions, and the value, with gradient."""
         ...
 
     def value(self, observation: Observation) -> Float[Tensor, " N"]:
@@ -53,7 +53,7 @@ class Policy(Protocol):
         ...
 
     def shares_vision(self, other: object) -> bool:
-        """Whether the vision features of both policies are the same, so that one pass serves both."""
+        """Whether both see the same vision features, so that one pass serves both."""
         ...
 
     def policy_parameters(self) -> Iterable[nn.Parameter]:

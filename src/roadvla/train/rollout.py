@@ -64,7 +64,7 @@ def collect(
         )
         step = env.step(policy.decode(output.action_tokens))
         buffer.write(t, image=image, active=active, terminated=step.terminated)
-        buffer.write(t, truncated=step.truncated, reward=step.reward * active)
+        buffer.write(t, truncated=step.truncated, reward=step.reward)
         buffer.write_output(t, output)
         active = active & ~(step.terminated | step.truncated)
         image, info = step.image, step.info

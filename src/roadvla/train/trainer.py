@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from roadvla import envs
 from roadvla import policy as policies
@@ -181,8 +181,6 @@ class Trainer:
         self._reference: Policy | None = None
         if algorithm.reference_critic is not None:
             self._reference = self._load(algorithm.reference_critic)
-            if isinstance(self._reference, nn.Module):
-                self._reference.requires_grad_(False)
             self._share_vision = self._reference.shares_vision(self.policy)
         self._demonstrations: Demonstrations | None = None
         if experiment.demonstrations is not None:
