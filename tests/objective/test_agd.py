@@ -229,6 +229,8 @@ def test_refusals() -> None:
     log_prob = token_log_probs(logits, tokens)
     with pytest.raises(ValueError, match="odd teacher needs live"):
         agd_loss(logits, tokens, weight, teacher="odd", behaviour_logits=logits)
+    with pytest.raises(ValueError, match="forward KLs, not of 'jsd'"):
+        agd_loss(logits, tokens, weight, teacher="odd", kind="jsd")
     for function, first in ((agd_loss, (logits, tokens)), (agd_loss_sampled, (log_prob,))):
         with pytest.raises(ValueError, match="'even'"):
             function(*first, weight, teacher="even")

@@ -158,9 +158,10 @@ def test_the_folder_holds_policy_demonstrations_and_settings(tmp_path, monkeypat
     folder = run_warm_up(settings, parts=WORLD)
     assert len(load_demonstrations(folder / "demonstrations.safetensors").instructions) == 10
     assert not torch.equal(load_table(folder).table, TablePolicy().table)
-    about = json.loads((folder / "warmup.json").read_text())
-    assert about["episodes"] == 10
-    assert about["step"] == 60
+    config = json.loads((folder / "config.json").read_text())
+    assert config["episodes"] == 10
+    assert config["name"] == "warm-up"
+    assert json.loads((folder / "warmup.json").read_text())[-1]["step"] == 60
     with pytest.raises(UserError, match="already holds a warm-up"):
         run_warm_up(settings, parts=WORLD)
     run_warm_up(settings, force=True, parts=WORLD)

@@ -66,7 +66,7 @@ def agd_loss(
         L_AGD = E[1/K Σ_k D(q*_k, p_k)],  D = KL(q*‖p) unless ``kind`` says otherwise
 
         exponential:  q* = softmax(z + ηω e_a)                                    (10)
-        odd:          ½ [D(q⁺, p) − D(q⁻, p)],  q^± = softmax(z ± ηω e_a)
+        odd:          ½ [KL(q⁺‖p) − KL(q⁻‖p)],  q^± = softmax(z ± ηω e_a)
         linear:       q* = p + c p_a (e_a − p),  c = ηω in (−1, 1)
 
     Args:
@@ -74,7 +74,7 @@ def agd_loss(
         action_tokens: Sampled bins a.
         weight: Signed ω of each action (Eq. 9).
         eta: Perturbation strength η > 0.
-        kind: Divergence D from teacher to student.
+        kind: Divergence D from teacher to student; forward KL alone for the odd teacher.
         reduction: ``"mean"`` over steps and tokens (12); ``"sum"`` over tokens, mean over steps
             (reading R12); ``"none"`` leaves one value per token.
         teacher: Form of the teacher; only the first is the paper's (reading R15).
@@ -87,7 +87,7 @@ def agd_loss(
 
     Raises:
         ValueError: If shapes do not fit, η is not positive, a name is unknown, or an odd teacher is
-            asked of behaviour logits, around which its two halves do not cancel.
+            asked for another divergence or of behaviour logits: its halves cancel for neither.
     """
     require_token_shape(action_tokens, weight)
     base = student_logits if behaviour_logits is None else behaviour_logits
@@ -97,10 +97,11 @@ def agd_loss(
     elif teacher == "odd":
         if behaviour_logits is not None:
             raise ValueError("the odd teacher needs live logits: leave behaviour_logits out")
+        if kind != "forward_kl":
+            raise ValueError(f"the odd teacher is a difference of forward KLs, not of {kind!r}")
         up = teacher_logits(base, action_tokens, weight, eta=eta)
         down = teacher_logits(base, action_tokens, -weight, eta=eta)
-        per_token = 0.5 * divergence(up, student_logits, kind=kind)
-        per_token = per_token - 0.5 * divergence(down, student_logits, kind=kind)
+        per_token = 0.5 * divergence(up, student_logits) - 0.5 * divergence(down, student_logits)
     elif teacher == "linear":
         bump = linear_bump(token_log_probs(base, action_tokens), weight, eta=eta)
         target = shift_sampled(base, action_tokens, bump)

@@ -59,8 +59,9 @@ class ImprovementBound:
         student_performance: J(π_θ'), the left side.
         improvement: 1/T Σ_t E[βτ KL(q*‖π_θ)].
         distillation_cost: 1/T Σ_t E[√2 B √D_dist]; infinite where π_θ' misses mass of q*.
-        calibration_error: ε_cal, the smallest that Eq. 14 allows for this β; may be negative.
-        advantage_bound: B, the largest |A| at a state that π_θ' reaches.
+        calibration_error: ε_cal, the smallest that Eq. 14 allows for this β; may be negative
+            (reading R19).
+        advantage_bound: B, the largest |A| at a state that π_θ' reaches (reading R19).
     """
 
     performance: Float[Tensor, "*M"]
@@ -90,14 +91,20 @@ def joint_log_probs(policy: TokenPolicy) -> Float[Tensor, "*M T S A"]:
 def token_teacher(
     policy: TokenPolicy, token_reward: Float[Tensor, "*M T S K V"], *, tau: float = 1.0
 ) -> TokenPolicy:
-    """The teacher of every token, for every prefix (Eq. 11, 24-25).
+    """The teacher of every token, for every prefix (Eq. 11, 24-25, 28-30).
 
         q*_k(· | a_{<k}, h) = softmax(z_k + r_k / τ)
 
+    As maximizer it gains at least what it costs: E_{q*}[r̄] ≥ τ KL(q*‖π_θ), for each token (28-29)
+    and for whole actions (30). The reward of a token is the same for all prefixes (reading R18).
+
     Args:
         policy: π_θ.
-        token_reward: r_{t,k}(u), the same for every prefix; Eq. 23's is one point of it.
+        token_reward: r_{t,k}(u); Eq. 23's is not 0 at one point only.
         tau: Temperature τ > 0.
+
+    Raises:
+        ValueError: If τ is not positive.
     """
     rewards = token_reward.unsqueeze(-2).unbind(-3)
     return tuple(
@@ -219,9 +226,11 @@ def improvement_bound(
     tau: float = 1.0,
     beta: float = 1.0,
 ) -> ImprovementBound:
-    """Every term of Theorem 1 for a policy, its teacher and a distilled student (Eq. 14-16, 36).
+    """Every term of Theorem 1 for a policy, its teacher and a distilled student (Eq. 14-16, 32-36).
 
         J(π_θ') ≥ J(π_θ) + 1/T Σ_t E_{h∼d^θ'}[βτ KL(q*‖π_θ) − √2 B √KL(q*‖π_θ')] − ε_cal
+
+    √2 comes from |E_π'[A] − E_q*[A]| ≤ 2B TV(q*, π') (33) and Pinsker's TV ≤ √(KL/2) (32).
 
     Args:
         mdp: The decision process.

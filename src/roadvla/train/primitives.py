@@ -50,16 +50,19 @@ class Primitives:
         image: Frames.
         prompts: One per frame.
         action: The action that carries the prompt out: metres, radians, gripper in [0, 1].
-        geometry: Tip to object (3) and to receptacle (2) in decimetres, sine and cosine of twice
-            the yaw error, whether the object is held.
-        named: Which of these the prompt decides.
+        geometry: Tip to object (3) and to receptacle (2) in decimetres; whether the object is held;
+            sine and cosine of twice the yaw error, of twice the object's yaw and of the gripper's.
+        named: Which of these prompt and frame decide: nothing about what is not named, no yaw of
+            what looks the same from all sides.
+        pixel: Row and column of the object and of the receptacle.
     """
 
     image: UInt8[Tensor, "B H W 3"]
     prompts: list[str]
     action: Float[Tensor, "B 7"]
-    geometry: Float[Tensor, "B 8"]
-    named: Bool[Tensor, "B 8"]
+    geometry: Float[Tensor, "B 12"]
+    named: Bool[Tensor, "B 12"]
+    pixel: Float[Tensor, "B 2 2"]
 
 
 class PrimitiveSampler:
@@ -83,7 +86,7 @@ class PrimitiveSampler:
         scene = replace(scene, table=scene.table % NUM_TABLES)
         state = _random_state(scene, ids)
         self._renderer.bake(scene)
-        image = self._augment(self._renderer.render(state, scene), ids)
+        image = self._augment(self._renderer.render(state, scene), ids, index)
         verb = (uniform(ids, _STREAM, 1)[:, 0] * len(_VERBS)).long()
         reach, go, pick = _reach(state, scene), _go(state, scene), _pick(state, scene)
         touch = torch.where((state.held == 0)[:, None], go, reach)
@@ -93,19 +96,31 @@ class PrimitiveSampler:
             prompts=_prompts(scene, verb),
             action=grid(actions.gather(1, verb[:, None, None].expand(-1, 1, 7))[:, 0]),
             geometry=_geometry(state, scene),
-            named=torch.tensor(_NAMED, device=self.device)[verb],
+            named=self._named(scene, verb),
+            pixel=self._project(state, scene),
         )
 
-    def _augment(self, frame: Frame, ids: Tensor) -> Tensor:
+    def _named(self, scene: Scene, verb: Tensor) -> Tensor:
+        named = torch.tensor(_NAMED, device=self.device)[verb]
+        round_ = ~ELONGATED.to(self.device)[scene.shape[:, 0]]
+        named[:, 6:10] &= ~round_[:, None]
+        return named
+
+    def _project(self, state: State, scene: Scene) -> Tensor:
+        place = torch.nn.functional.pad(scene.receptacle_xy[:, 0], (0, 1))
+        return self._renderer.camera.project(torch.stack([state.object_position[:, 0], place], 1))
+
+    def _augment(self, frame: Frame, ids: Tensor, index: int) -> Tensor:
         """Lay foreign textures over frame, things or table, and jitter brightness and colour."""
         u = uniform(ids, _STREAM + 1, 12)
         texture_index = (u[:, 0] * len(self._overlays)).long()
-        texture = crop_overlays(self._overlays, texture_index, u[:, 1:4])
         mode = u[:, 4, None]
+        scales = (0.5, 4.0) if index % 2 else (0.5, 1.5)
+        texture = crop_overlays(self._overlays, texture_index, u[:, 1:4], scales)
         everywhere = torch.ones_like(frame.foreground)
-        where = torch.where(mode < 0.15, everywhere, frame.foreground)
-        where = torch.where(mode > 0.3, ~frame.foreground, where)
-        strength = torch.where(mode < 0.3, 0.55, 1.0) * u[:, 5, None]
+        where = torch.where(mode < 0.12, everywhere, frame.foreground)
+        where = torch.where(mode > 0.24, ~frame.foreground, where)
+        strength = torch.where(mode < 0.24, 0.55, 1.0) * u[:, 5, None]
         strength = torch.where(mode < 0.55, strength, 0.0)
         colour = torch.lerp(frame.colour, texture, (strength * where)[..., None])
         gain = 1 + 0.3 * (u[:, 6:9] - 0.5)
@@ -116,7 +131,7 @@ class PrimitiveSampler:
 
 def _random_state(scene: Scene, ids: Tensor) -> State:
     """Gripper anywhere, often near the object or receptacle; a third hold the named object."""
-    u = uniform(ids, _STREAM + 2, 16)
+    u = uniform(ids, _STREAM + 2, 17)
     state = initial_state(scene)
     anywhere = torch.stack(
         [(u[:, 0] - 0.5) * 0.30, (u[:, 1] - 0.5) * 0.38, 0.015 + u[:, 2] * 0.175], 1
@@ -125,7 +140,8 @@ def _random_state(scene: Scene, ids: Tensor) -> State:
     near = near + (u[:, 4:6] - 0.5) * 0.09
     tip = torch.where((u[:, 6] < 0.6)[:, None], torch.cat([near, anywhere[:, 2:]], 1), anywhere)
     tilt = (u[:, 7:9] - 0.5) * 0.5
-    gripper = torch.cat([tip, tilt, (u[:, 9:10] - 0.5) * 2.2], 1)
+    turn = torch.where(u[:, 16:17] < 0.6, 0.5, 2.2) * (u[:, 9:10] - 0.5)
+    gripper = torch.cat([tip, tilt, turn], 1)
     holding = u[:, 10] < 0.33
     offset = torch.cat([(u[:, 11:13] - 0.5) * 0.03, -u[:, 13:14] * 0.015], 1)
     position, yaw = state.object_position.clone(), state.object_yaw.clone()
@@ -150,9 +166,10 @@ def _geometry(state: State, scene: Scene) -> Tensor:
     tip = state.gripper[:, :3]
     to_object = (state.object_position[:, 0] - tip) * 10
     to_receptacle = (scene.receptacle_xy[:, 0] - tip[:, :2]) * 10
-    yaw = 2 * _yaw(state, scene)
-    held = (state.held == 0).float()
-    return torch.cat([to_object, to_receptacle, torch.stack([yaw.sin(), yaw.cos(), held], 1)], 1)
+    held = (state.held == 0).float()[:, None]
+    angles = [2 * _yaw(state, scene), 2 * state.object_yaw[:, 0], state.gripper[:, 5]]
+    turns = [f(angle) for angle in angles for f in (torch.sin, torch.cos)]
+    return torch.cat([to_object, to_receptacle, held, torch.stack(turns, 1)], 1)
 
 
 def _yaw(state: State, scene: Scene) -> Tensor:
@@ -199,7 +216,10 @@ def _pick(state: State, scene: Scene) -> Tensor:
 
 
 _VERBS = ("reach", "go", "pick", "touch")
-_NAMED = tuple([thing in things for thing in "ooorrooo"] for things in ("o", "r", "o", "or"))
+# Object (o), receptacle (r) or gripper (g): what each number of the geometry is about.
+_NAMED = tuple(
+    tuple(thing in things for thing in "ooorrooooogg") for things in ("og", "rg", "og", "org")
+)
 
 
 def _prompts(scene: Scene, verb: Tensor) -> list[str]:

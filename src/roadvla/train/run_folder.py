@@ -25,6 +25,13 @@ def resume_command(folder: Path) -> str:
     return f"roadvla train --resume {shlex.quote(str(folder))}"
 
 
+def about(device: str) -> dict[str, str]:
+    """Say what made a result: version, command, start (ISO 8601, UTC) and machine."""
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    values = (version("roadvla"), shlex.join(sys.argv), started, describe_machine(device))
+    return dict(zip(_ABOUT, values, strict=True))
+
+
 def create_run_folder(experiment: Experiment, *, force: bool) -> Path:
     """Make an empty run folder with the resolved configuration in it.
 
@@ -51,19 +58,7 @@ def create_run_folder(experiment: Experiment, *, force: bool) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for part in held:
             shutil.rmtree(part) if part.is_dir() else part.unlink()
-        about = dict(
-            zip(
-                _ABOUT,
-                (
-                    version("roadvla"),
-                    shlex.join(sys.argv),
-                    datetime.now(UTC).isoformat(timespec="seconds"),
-                    describe_machine(experiment.device),
-                ),
-                strict=True,
-            )
-        )
-        text = json.dumps({**to_dict(experiment), **about}, indent=1) + "\n"
+        text = json.dumps({**to_dict(experiment), **about(experiment.device)}, indent=1) + "\n"
         (folder / CONFIG).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(

@@ -23,6 +23,7 @@ from roadvla.train.demonstrations import Demonstrations, save_demonstrations
 from roadvla.train.metrics import to_floats
 from roadvla.train.primitives import grid
 from roadvla.train.progress import Display
+from roadvla.train.run_folder import CONFIG, about
 from roadvla.train.trainer import Parts, TrainingDivergedError
 from roadvla.train.update import losses, make_optimizer, schedule_factor
 
@@ -64,7 +65,7 @@ class WarmUp:
     noise: float = 0.1
     levels: int = 8
     tail: int = 6
-    steps: int = 180
+    steps: int = 110
     batch: int = 128
     learning_rate: float = 6e-4
 
@@ -97,7 +98,8 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
     """Collect demonstrations, fine-tune on them, and write both into a folder.
 
     Returns:
-        The folder: a policy to pass as ``init``, ``demonstrations.safetensors``, ``warmup.json``.
+        The folder: a policy to pass as ``init``, ``demonstrations.safetensors``, the settings in
+        ``config.json`` and the course of the loss in ``warmup.json``.
 
     Raises:
         UserError: If the folder is taken or cannot be written, or the expert fails too often.
@@ -117,8 +119,9 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
     history = warm_up(policy, demonstrations, settings)
     try:
         parts.save_policy(policy, folder)
-        about = {**asdict(settings), **history[-1]}
-        (folder / "warmup.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+        config = {"name": "warm-up", **asdict(settings), **about(settings.device)}
+        for name, value in ((CONFIG, config), ("warmup.json", history)):
+            (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {folder}: {error.strerror or error}; free space") from error
     return folder

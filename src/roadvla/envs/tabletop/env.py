@@ -42,7 +42,7 @@ class TabletopEnv:
         self.distribution = setting(env).distribution(split)
         self.num_envs = num_envs
         self.horizon = self.distribution.horizon
-        self.image_shape = (SIZE, SIZE, 3)
+        self.image_shape: tuple[int, int, int] = (SIZE, SIZE, 3)
         self.device = torch.device(device)
         self.end_on_success = end_on_success
         self._renderer = Renderer(self.device)

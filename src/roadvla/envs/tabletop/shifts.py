@@ -13,11 +13,13 @@ from roadvla.envs.tabletop.render import Frame
 from roadvla.envs.tabletop.textures import OVERLAY_SIZE
 
 _STREAM = 5000
-_SCALES = (0.5, 1.5)
 
 
 def crop_overlays(
-    textures: Float[Tensor, "X S S 3"], index: Int[Tensor, " B"], u: Float[Tensor, "B 3"]
+    textures: Float[Tensor, "X S S 3"],
+    index: Int[Tensor, " B"],
+    u: Float[Tensor, "B 3"],
+    scales: tuple[float, float] = (0.5, 1.5),
 ) -> Float[Tensor, "B P 3"]:
     """Cut a random rectangle out of a wrapping texture and scale it to the frame.
 
@@ -25,8 +27,9 @@ def crop_overlays(
         textures: Square textures, 0 to 1.
         index: Which one each frame gets.
         u: Uniform numbers for scale, row and column.
+        scales: Range of the texels per pixel.
     """
-    scale = _SCALES[0] + (_SCALES[1] - _SCALES[0]) * u[:, 0]
+    scale = scales[0] + (scales[1] - scales[0]) * u[:, 0]
     axis = torch.arange(SIZE, device=u.device)
     rows = (u[:, 1, None] * OVERLAY_SIZE + axis * scale[:, None]).long() % OVERLAY_SIZE
     columns = (u[:, 2, None] * OVERLAY_SIZE + axis * scale[:, None]).long() % OVERLAY_SIZE

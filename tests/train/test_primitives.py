@@ -1,0 +1,78 @@
+"""Pretraining data: the labels are right, nothing of the test sets leaks, and it is repeatable."""
+
+from __future__ import annotations
+
+import torch
+
+from roadvla.envs.tabletop.camera import SIZE
+from roadvla.train.pretrain import PretrainConfig, PretrainProgress, pretrain
+from roadvla.train.primitives import PrimitiveSampler, grid
+
+CPU = torch.device("cpu")
+
+
+def test_a_batch_is_its_index() -> None:
+    first, again = PrimitiveSampler(16, CPU).sample(5), PrimitiveSampler(16, CPU).sample(5)
+    assert torch.equal(first.image, again.image)
+    assert first.prompts == again.prompts
+    assert torch.equal(first.action, again.action)
+    assert not torch.equal(first.image, PrimitiveSampler(16, CPU).sample(6).image)
+
+
+def test_prompts_are_primitives_and_never_the_task() -> None:
+    sampler = PrimitiveSampler(64, CPU)
+    prompts = [text for index in range(16) for text in sampler.sample(index).prompts]
+    assert {text.split()[0] for text in prompts} == {"reach", "go", "pick", "touch"}
+    assert not any("put" in text or " on " in text for text in prompts)
+
+
+def test_actions_are_on_the_grid_and_within_limits() -> None:
+    action = torch.cat([PrimitiveSampler(64, CPU).sample(i).action for i in range(8)])
+    steps = action[:, :6] / torch.tensor([0.04] * 3 + [0.35] * 3) * 8
+    assert torch.allclose(steps, steps.round(), atol=1e-4)
+    assert (steps.abs() <= 8 + 1e-4).all()
+    assert set(action[:, 6].tolist()) == {0.0, 1.0}
+    assert torch.equal(grid(action), action)
+
+
+# Reaching moves towards the object: the label has the sign of the offset wherever that is not
+# rounded away (0.7 of it, in units of 1/8 of 4 cm: at least 5 mm / 2 / 0.7 = 3.6 mm).
+def test_reaching_goes_towards_the_object_and_going_towards_the_plate() -> None:
+    checked = 0
+    for index in range(8):
+        batch = PrimitiveSampler(64, CPU).sample(index)
+        for i, text in enumerate(batch.prompts):
+            offset = batch.geometry[i, :3] if text.startswith("reach") else batch.geometry[i, 3:5]
+            if text.split()[0] not in ("reach", "go"):
+                continue
+            offset = offset / 10
+            sure = offset.abs() > 0.004
+            assert torch.equal(batch.action[i, : len(offset)][sure].sign(), offset[sure].sign())
+            checked += 1
+    assert checked > 100
+
+
+def test_only_what_the_prompt_names_is_asked_about() -> None:
+    batch = PrimitiveSampler(256, CPU).sample(3)
+    for text, named in zip(batch.prompts, batch.named, strict=True):
+        verb = text.split()[0]
+        assert bool(named[:3].all()) == (verb != "go")
+        assert bool(named[3:5].all()) == (verb in ("go", "touch"))
+        assert bool(named[10:].all())
+        elongated = "carrot" in text or "brick" in text
+        assert bool(named[6:10].any()) == (elongated and verb != "go")
+
+
+def test_what_is_named_is_mostly_in_the_frame() -> None:
+    pixel = torch.cat([PrimitiveSampler(64, CPU).sample(i).pixel for i in range(8)])
+    inside = ((pixel > -1) & (pixel < SIZE)).all(-1)
+    assert inside.float().mean() > 0.95
+
+
+def test_pretraining_learns_and_freezes_the_tower() -> None:
+    seen: list[PretrainProgress] = []
+    config = PretrainConfig(steps=30, batch=32, warmup_steps=5)
+    policy = pretrain(config, seen.append, report_every=10)
+    assert [progress.step for progress in seen] == [10, 20, 30]
+    assert seen[-1].token_loss < seen[0].token_loss - 0.3
+    assert policy.vision_frozen
