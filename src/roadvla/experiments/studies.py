@@ -68,7 +68,7 @@ FIRST_RESULTS = (
 
 EPOCHS = tuple(
     Cell(name=f"ppo-{epochs}-epochs", preset="tabletop-ppo", algorithm={"epochs": epochs})
-    for epochs in (1, 2, 3, 4, 6)
+    for epochs in (1, 3, 5)
 )
 """How many passes over a rollout serve PPO best."""
 
