@@ -16,6 +16,8 @@ from roadvla.train.run_folder import CONFIG
 from roadvla.train.trainer import train
 from roadvla.train.warmup import WarmUp, run_warm_up
 
+_NUM_ENVS = 64
+
 
 def ensure_warm_up(settings: WarmUp) -> Path:
     """Warm up unless the folder already holds a policy."""
@@ -58,6 +60,7 @@ def ensure_evaluations(run: Path, *, episodes: int, seed: int = 0, record: int =
                 env=alias,
                 split=split,
                 episodes=episodes,
+                num_envs=min(_NUM_ENVS, episodes),
                 seed=seed,
                 record=record if split == "test" else 0,
             )
