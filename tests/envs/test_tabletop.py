@@ -82,7 +82,7 @@ def test_what_is_unseen_never_appears_in_training() -> None:
         seen = set(
             zip(train.shape.flatten().tolist(), train.colour.flatten().tolist(), strict=True)
         )
-        new = set(zip(test.shape.flatten().tolist(), test.colour.flatten().tolist(), strict=True))
+        new = set(zip(test.shape[:, 0].tolist(), test.colour[:, 0].tolist(), strict=True))
         plates = set(train.receptacle_colour.flatten().tolist())
         new_plates = set(test.receptacle_colour.flatten().tolist())
         assert bool(seen & new) == (alias != "CR-MultiObject")
@@ -113,11 +113,25 @@ def test_the_instruction_names_slot_0() -> None:
 
 
 def test_named_things_are_unique_in_their_scene() -> None:
-    scene = sample_scene(torch.arange(4096), setting("CR-MultiObject").test)
-    pair = scene.shape * 8 + scene.colour
-    assert (pair[:, 0] != pair[:, 1]).all()
+    for split in ("train", "test"):
+        scene = sample_scene(torch.arange(4096), setting("CR-MultiObject").distribution(split))
+        pair = scene.shape * 8 + scene.colour
+        assert (pair[:, 0] != pair[:, 1]).all()
     plates = sample_scene(torch.arange(4096), setting("CR-MultiReceptacle").train).receptacle_colour
     assert (plates[:, 0] != plates[:, 1]).all()
+
+
+def test_lookalikes_have_the_colour_of_the_target_and_another_shape() -> None:
+    ids = torch.arange(4096)
+    objects = sample_scene(ids, setting("CR-MultiObject").test)
+    assert torch.equal(objects.colour[:, 0], objects.colour[:, 1])
+    turn = (objects.shape[:, 1] - objects.shape[:, 0]) % 4
+    assert torch.bincount(turn, minlength=4)[1:].min() > 1200
+    receptacles = sample_scene(ids, setting("CR-MultiReceptacle").test)
+    assert torch.equal(receptacles.receptacle_colour[:, 0], receptacles.receptacle_colour[:, 1])
+    assert torch.equal(receptacles.receptacle_shape, torch.tensor([[0, 1]]).expand(4096, -1))
+    for row in SETTINGS.values():
+        assert not sample_scene(ids[:8], row.train).receptacle_shape.any()
 
 
 # Geometry of one grasp, by hand. The gripper is put 2.9 cm (inside the 3.0 cm radius) or 3.1 cm

@@ -25,10 +25,11 @@ class Distribution:
         overlay: Nothing, a texture over object, receptacle and arm, or noise over the whole frame;
             both are cropped and scaled anew at every step.
         overlay_strength: Opacity α of the overlay in [0, 1].
-        unseen_objects: Whether target and distractors are colour-shape pairs never trained on.
+        unseen_objects: Whether the target is a colour-shape pair never trained on.
         distractor_objects: How many further objects stand on the table.
         unseen_receptacles: Whether the target receptacle has a colour never trained on.
         distractor_receptacles: How many further receptacles lie on the table.
+        lookalikes: Whether distractors have the target's colour and differ in shape alone.
         shifted_pose: Whether the end effector starts far from its usual pose.
         reposition_step: After how many actions the object is teleported; 0 for never.
         horizon: Steps of an episode on the tabletop.
@@ -41,6 +42,7 @@ class Distribution:
     distractor_objects: int = 0
     unseen_receptacles: bool = False
     distractor_receptacles: int = 0
+    lookalikes: bool = False
     shifted_pose: bool = False
     reposition_step: int = 0
     horizon: int = 24
@@ -103,14 +105,14 @@ _ROWS = (
         category=_COMPOSITIONAL,
         rl4vla_id="PutOnPlateInScene25MultiCarrot-v1",
         train=Distribution(distractor_objects=1),
-        test=Distribution(distractor_objects=1, unseen_objects=True),
+        test=Distribution(distractor_objects=1, unseen_objects=True, lookalikes=True),
     ),
     Setting(
         alias="CR-MultiReceptacle",
         category=_COMPOSITIONAL,
         rl4vla_id="PutOnPlateInScene25MultiPlate-v1",
         train=Distribution(distractor_receptacles=1),
-        test=Distribution(distractor_receptacles=1, unseen_receptacles=True),
+        test=Distribution(distractor_receptacles=1, unseen_receptacles=True, lookalikes=True),
     ),
     Setting(
         alias="ER-InitPose",

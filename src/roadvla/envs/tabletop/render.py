@@ -41,6 +41,7 @@ _BOX_COLOUR = torch.tensor(
     [[0.15, 0.15, 0.17], [0.15, 0.15, 0.17], [0.25, 0.25, 0.28], [0.42, 0.42, 0.46]]
 )
 _CLOSED_SHIFT = 0.016
+_TRAY_HALF = 0.043
 _FACE_LIGHT = torch.tensor([0.82, 0.66, 1.0])
 _LIGHT = torch.tensor([0.35, 0.25, 0.90])
 _OBJECT_WINDOW = (20, 20)
@@ -84,6 +85,8 @@ class Renderer:
         for slot in range(scene.receptacle_xy.shape[1]):
             offset = self.camera.ground - scene.receptacle_xy[:, slot, None]
             radius = offset.square().sum(-1).sqrt() / RECEPTACLE_RADIUS
+            tray = offset.abs().amax(-1) / _TRAY_HALF
+            radius = torch.where(scene.receptacle_shape[:, slot, None] == 1, tray, radius)
             plate = self._palette[scene.receptacle_colour[:, slot]][:, None]
             rim = 0.55 + 0.45 * ((radius > 0.62) & (radius < 0.8)).float() + 0.30 * (radius > 0.8)
             inside = radius < 1

@@ -58,6 +58,7 @@ class Scene:
         object_xy: Centres on the table, metres.
         object_yaw: Radians.
         receptacle_colour: Index into ``COLOURS``.
+        receptacle_shape: 0 for a round plate, 1 for a square tray.
         receptacle_xy: Centres, metres.
         gripper: Start of the gripper's tip: x, y, z in metres, roll, pitch, yaw in radians.
         table: Index of the table-top texture, [0, 16) seen and [16, 32) unseen.
@@ -70,6 +71,7 @@ class Scene:
     object_xy: Float[Tensor, "B O 2"]
     object_yaw: Float[Tensor, "B O"]
     receptacle_colour: Int[Tensor, "B R"]
+    receptacle_shape: Int[Tensor, "B R"]
     receptacle_xy: Float[Tensor, "B R 2"]
     gripper: Float[Tensor, "B 6"]
     table: Int[Tensor, " B"]
@@ -91,6 +93,12 @@ def sample_scene(episode_ids: Int[Tensor, " B"], distribution: Distribution) -> 
     """
     receptacle_xy, object_xy, moved_xy = _positions(episode_ids, distribution)
     pairs = _pairs(episode_ids, distribution)
+    plates = _receptacle_colours(episode_ids, distribution)
+    trays = torch.zeros_like(plates)
+    if distribution.lookalikes:
+        pairs = _lookalikes(episode_ids, pairs)
+        plates = plates[:, :1].expand_as(plates)
+        trays[:, 1:] = 1
     count = pairs.shape[1]
     yaw = uniform(episode_ids, 3, count) * math.pi - math.pi / 2
     table = choice(episode_ids, 4, 1, NUM_TABLES)[:, 0]
@@ -99,7 +107,8 @@ def sample_scene(episode_ids: Int[Tensor, " B"], distribution: Distribution) -> 
         colour=pairs[..., 1],
         object_xy=object_xy,
         object_yaw=yaw,
-        receptacle_colour=_receptacle_colours(episode_ids, distribution),
+        receptacle_colour=plates,
+        receptacle_shape=trays,
         receptacle_xy=receptacle_xy,
         gripper=_gripper(episode_ids, distribution),
         table=table + NUM_TABLES * (distribution.tables == "unseen"),
@@ -117,6 +126,14 @@ def _pairs(ids: Tensor, distribution: Distribution) -> Tensor:
     pool = _UNSEEN if distribution.unseen_objects else _SEEN
     table = torch.tensor(pool, device=ids.device)
     return table[_distinct(ids, 1, 1 + distribution.distractor_objects, len(pool))]
+
+
+def _lookalikes(ids: Tensor, pairs: Tensor) -> Tensor:
+    """Give the distractors the target's colour and other shapes."""
+    target = pairs[:, :1]
+    turn = 1 + _distinct(ids, 7, pairs.shape[1] - 1, len(SHAPES) - 1)
+    shape = torch.cat([target[..., 0], (target[..., 0] + turn) % len(SHAPES)], 1)
+    return torch.stack([shape, target[..., 1].expand_as(shape)], -1)
 
 
 def _receptacle_colours(ids: Tensor, distribution: Distribution) -> Tensor:
