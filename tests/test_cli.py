@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from roadvla import cli
+from roadvla.evaluation.files import film_path, read_evaluation, read_film, write_evaluation
 from roadvla.experiments.presets import PRESETS
 from roadvla.flags import form_of, parse, value_of
 from roadvla.policy import TinyVLA, save_policy
@@ -93,7 +94,7 @@ def _roadvla(*arguments: object, **more: str) -> subprocess.CompletedProcess[str
         ("report {tmp}/none", "none is not a folder"),
         ("warmup --episodes 0", "episodes is 0"),
         ("warmup --output {policy}", "already holds a warm-up"),
-        ("pretrain --output {policy}", "holds a policy: name another --output or pass --force"),
+        ("pretrain --output {policy}", "already holds a warm-up or another policy"),
     ],
 )
 def test_bad_input(command: str, said: str, refused: Run, policy: Path, tmp_path: Path) -> None:
@@ -214,10 +215,36 @@ def test_eval(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     result = json.loads(file.read_text())
     assert result["per_episode"]["episode_ids"] == [0, 1, 2, 3]
     assert (result["checkpoint"], result["iteration"]) == (str(policy), None)
-    assert file.with_name("VR-UnseenTable_train_frames.npz").exists()
+    assert len(read_film(film_path(file)).episode_ids) == 2
     shown = capsys.readouterr().out
     assert f"{100 * result['success_rate']:.1f} %" in shown
     assert str(file) in shown
+
+
+def test_eval_does_not_lose_an_earlier_result(policy: Path, refused: Run, tmp_path: Path) -> None:
+    flags = ["eval", policy, "--env", "VR-UnseenTable", "--output", tmp_path, "--temperature"]
+
+    def run(*more: object) -> None:
+        assert cli.main([str(part) for part in (*flags, *more)]) == 0
+
+    run(0.6, "--episodes", 3, "--record", 2)
+    file = tmp_path / "VR-UnseenTable_test.json"
+    before = (file.read_bytes(), film_path(file).read_bytes())
+    line = refused(*flags, 0.6, "--episodes", 2)
+    assert f"{file} holds an evaluation of 3 episodes, not 2: choose another --output" in line
+    assert "--force" in line
+    line = refused(*flags, 0.5, "--episodes", 3)
+    assert "temperature 0.6, not 0.5" in line
+    assert (file.read_bytes(), film_path(file).read_bytes()) == before
+    # The same again, or more of it, loses nothing, the film included.
+    run(0.6, "--episodes", 3)
+    run(0.6, "--episodes", 4)
+    assert read_evaluation(file).episodes == 4
+    assert len(read_film(film_path(file)).episode_ids) == 2
+    write_evaluation(replace(read_evaluation(file), iteration=5), tmp_path)
+    assert "iteration 5, not None" in refused(*flags, 0.6, "--episodes", 4)
+    run(0, "--episodes", 1, "--force")
+    assert read_evaluation(file).episodes == 1
 
 
 def test_check_env(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -261,6 +288,70 @@ def test_ctrl_c_saves_and_says_how_to_go_on(policy: Path, tmp_path: Path) -> Non
     assert "Traceback" not in stderr
 
 
+def _interrupted(command: list[str], reached: Callable[[], bool]) -> tuple[int, list[str]]:
+    """Start a process group, press Ctrl-C when it is time; return its code and stderr."""
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not reached():
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=120)
+    assert "Traceback" not in stderr
+    return process.returncode, stderr.splitlines()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "reached",
+    [
+        *("warmup/policy.json", "warmup/evaluation/CR-MultiObject_test.json"),
+        *("ppo/config.json", "ppo/checkpoints/latest.json"),
+    ],
+)
+def test_ctrl_c_in_the_demo(reached: str, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    command = [sys.executable, "-m", "roadvla", "demo", "--fast", "--output", str(folder)]
+    code, lines = _interrupted(command, (folder / reached).exists)
+    assert code == 130
+    assert [line for line in lines if line.startswith("roadvla:")] == [
+        "roadvla: stopped; go on with the same command: "
+        f"roadvla demo --output {folder} --seed 0 --fast"
+    ]
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_a_study_saves_and_starts_nothing_more(policy: Path, tmp_path: Path) -> None:
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from roadvla import cli\n"
+        "from roadvla.experiments import studies\n"
+        "if __name__ == '__main__':\n"
+        "    cells = [studies.Cell(name=f'c{i}', preset='tabletop-ppo') for i in range(4)]\n"
+        "    studies.STUDIES['small'] = tuple(cells)\n"
+        f"    studies.ensure_warm_up = lambda settings: Path({str(policy)!r})\n"
+        "    studies.ensure_evaluations = lambda *_, **__: None\n"
+        "    sys.exit(cli.main())\n"
+    )
+    out = tmp_path / "out"
+    shutil.copytree(policy, out / "warmup")
+    flags = ["study", "small", "--seeds", "0", "--jobs", "1", "--output", str(out)]
+    metrics = out / "c0-seed0" / "metrics.jsonl"
+    code, lines = _interrupted(
+        [sys.executable, str(script), *flags],
+        lambda: metrics.exists() and '"iteration": 1' in metrics.read_text(),
+    )
+    assert code == 130
+    assert (out / "c0-seed0" / "checkpoints" / "latest.json").exists()
+    assert lines[-1].startswith(
+        "roadvla: stopped; go on with the same command: roadvla study small --seeds 0 --jobs 1"
+    )
+    assert sorted(path.name for path in out.iterdir()) == ["c0-seed0", "c0-seed0.log", "warmup"]
+
+
 @pytest.mark.slow
 def test_from_warm_up_to_report(policy: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> None:
@@ -272,8 +363,10 @@ def test_from_warm_up_to_report(policy: Path, tmp_path: Path) -> None:
     run("train", "debug", *start, "--output", tmp_path / "ppo")
     critic = ["--algo", "road", "--reference-critic", tmp_path / "ppo"]
     run("train", "debug", "--name", "road", *start, "--output", tmp_path / "road", *critic)
-    run("eval", tmp_path / "road", "--env", "VR-UnseenTable", "--episodes", 8)
+    again = ["eval", tmp_path / "road", "--env", "VR-UnseenTable", "--episodes"]
+    run(*again, 8)
     result = json.loads((tmp_path / "road/evaluation/VR-UnseenTable_test.json").read_text())
     assert (result["iteration"], result["env_steps"]) == (3, 3 * 8 * 24)
+    assert result["checkpoint"] == "checkpoints/iteration_000003"
     run("report", tmp_path / "ppo", tmp_path / "road")
     assert (tmp_path / "report" / "report.md").exists()

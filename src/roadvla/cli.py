@@ -12,7 +12,6 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -33,6 +32,7 @@ def pretrain(arguments: list[str]) -> None:
     from roadvla.policy import save_policy
     from roadvla.train.pretrain import PretrainConfig
     from roadvla.train.pretrain import pretrain as run
+    from roadvla.train.run_folder import check_claimable, claim_folder
 
     form = form_of(
         PretrainConfig(),
@@ -40,21 +40,23 @@ def pretrain(arguments: list[str]) -> None:
         force=(bool, False, "Replace the policy in the output folder."),
     )
     chosen = parse(form, "pretrain", arguments)
-    if (chosen.output / "policy.json").exists() and not chosen.force:
-        raise UserError(f"{chosen.output} holds a policy: name another --output or pass --force")
+    check_claimable(chosen.output, force=chosen.force)
     config = value_of(PretrainConfig, chosen)
     policy = run(config, report=lambda progress: print(progress, flush=True))
+    claim_folder(chosen.output, force=chosen.force)
     save_policy(policy, chosen.output)
     print(chosen.output)
 
 
 def warmup(arguments: list[str]) -> None:
     """Fine-tune the backbone on demonstrations of the scripted expert."""
+    from roadvla.experiments.stages import continued_by
     from roadvla.train.warmup import WarmUp, run_warm_up
 
     form = form_of(WarmUp(), force=(bool, False, "Replace the warm-up in the output folder."))
     chosen = parse(form, "warmup", arguments)
-    print(run_warm_up(value_of(WarmUp, chosen), force=chosen.force))
+    with continued_by(shlex.join(["roadvla", "warmup", *arguments])):
+        print(run_warm_up(value_of(WarmUp, chosen), force=chosen.force))
 
 
 def train(arguments: list[str]) -> None:
@@ -94,6 +96,7 @@ def evaluate(
     temperature: float = 0.6,
     record: int = 0,
     output: Path | None = None,
+    force: bool = False,
     device: str = "cpu",
 ) -> None:
     """Measure a policy's success on numbered episodes, the same for every policy.
@@ -104,20 +107,27 @@ def evaluate(
         split: Its training set (in distribution) or its test set (out of distribution).
         episodes: How many; ids 0, 1, 2, …
         temperature: Of the action sampling; 0 is greedy.
-        record: Keep the frames of this many episodes.
+        record: Keep the frames of this many episodes; if it was filmed before, of no fewer.
         output: Folder for the result; CHECKPOINT/evaluation unless given.
+        force: Replace an earlier result of more episodes, another temperature or iteration.
         device: Where policy and environments live.
     """
     from rich.console import Console
     from rich.progress import Progress
 
+    from roadvla import envs
     from roadvla.evaluation.evaluate import evaluate as run
-    from roadvla.evaluation.files import write_evaluation
+    from roadvla.evaluation.files import count_filmed, write_evaluation
+    from roadvla.experiments.stages import attribute
     from roadvla.policy import load_policy
-    from roadvla.train.checkpoint import policy_folder, read_progress
+    from roadvla.train.checkpoint import policy_folder
 
-    folder = policy_folder(checkpoint)
-    policy = load_policy(folder, device=device)
+    folder, results = policy_folder(checkpoint), output or checkpoint / "evaluation"
+    policy, env = load_policy(folder, device=device), envs.setting(env).alias
+    if not force:
+        _refuse_loss(folder, results, env, split, episodes, temperature)
+    # The earlier film goes with its numbers, so it is made again.
+    record = max(record, min(count_filmed(results, env, split), episodes))
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task(f"{env} {split}", total=episodes)
@@ -131,11 +141,8 @@ def evaluate(
             record=record,
             on_progress=lambda done, _: progress.update(task, completed=done),
         )
-    result = replace(result, checkpoint=str(folder))
-    if (folder / "state.json").exists():
-        trained = read_progress(folder)
-        result = replace(result, iteration=trained.iteration, env_steps=trained.env_steps)
-    path = write_evaluation(result, output or checkpoint / "evaluation")
+    result = attribute(result, folder, base=None if output else checkpoint)
+    path = write_evaluation(result, results)
     print(f"{env} {split}, {episodes} episodes, temperature {temperature:g}")
     low, high = 100 * result.success_low, 100 * result.success_high
     print(
@@ -144,6 +151,25 @@ def evaluate(
     print(f"  success at any step       {100 * result.success_once_rate:5.1f} %")
     print(f"  grasped                   {100 * result.grasp_rate:5.1f} %")
     print(path)
+
+
+def _refuse_loss(
+    policy: Path, results: Path, env: str, split: str, episodes: int, temperature: float
+) -> None:
+    """Refuse to replace an evaluation by one that does not repeat or extend it."""
+    from roadvla.evaluation.files import evaluation_path, find_evaluation, lost_by
+    from roadvla.experiments.stages import trained
+
+    found = find_evaluation(results, env, split)
+    if found is None:
+        return
+    iteration, _ = trained(policy)
+    lost = lost_by(found, episodes=episodes, temperature=temperature, iteration=iteration)
+    if lost:
+        raise UserError(
+            f"{evaluation_path(results, env, split)} holds an evaluation of {lost}: choose another "
+            f"--output or pass --force to replace it"
+        )
 
 
 def report(
@@ -222,15 +248,13 @@ def study(
         name: Which grid, e.g. first-results.
         seeds: One run of each experiment per seed.
         jobs: Runs at a time, one thread each.
-        episodes: Of each set in the final evaluations.
+        episodes: Of each set in the final evaluations; more of the setting trained on.
         output: Folder for the runs, runs/NAME unless given; what is finished in it is kept.
     """
-    from roadvla.experiments.studies import STUDIES, run_study
+    from roadvla.experiments.studies import run_study
 
-    if name not in STUDIES:
-        raise unknown_name("study", name, STUDIES)
     folder = output or Path("runs") / name
-    run_study(STUDIES[name], output=folder, seeds=seeds, jobs=jobs, episodes=episodes)
+    run_study(name, output=folder, seeds=seeds, jobs=jobs, episodes=episodes)
 
 
 # The flags of these are a configuration's fields, so the functions parse them themselves.

@@ -13,7 +13,7 @@ from gymnasium.utils.env_checker import check_env as gymnasium_check
 
 import roadvla.envs.gym  # noqa: F401  (registers the suite)
 from roadvla.envs.conformance import check_env
-from roadvla.envs.tabletop import TabletopEnv
+from roadvla.envs.tabletop import TabletopEnv, expert
 
 
 class Broken(TabletopEnv):
@@ -25,14 +25,35 @@ class Broken(TabletopEnv):
         return type(self).spoil(self, super().step(action))
 
 
-def failures(spoil: Any) -> set[str]:
+def failures(spoil: Any, act: Any = None) -> set[str]:
     kind = type("Spoiled", (Broken,), {"spoil": staticmethod(spoil)})
-    checks = check_env(lambda count: kind("ER-Repositioning", split="test", num_envs=count))
+    checks = check_env(
+        lambda count: kind("ER-Repositioning", split="test", num_envs=count), act=act
+    )
     return {check.name for check in checks if check.failure}
 
 
-def test_the_unspoiled_one_passes() -> None:
-    assert failures(lambda env, step: step) == set()
+def solve(env: Any) -> torch.Tensor:
+    return expert.act(env, gain=0.7, noise=0.0)
+
+
+@pytest.mark.parametrize("act", [None, solve], ids=["random", "expert"])
+def test_the_unspoiled_one_passes(act: Any) -> None:
+    assert failures(lambda env, step: step, act) == set()
+
+
+def pay_late(env: Any, step: Any) -> Any:
+    """Pay a step later than earned, the last two together: the sum over the episode is right."""
+    owed = getattr(env, "owed", 0.0)
+    last = bool(step.truncated.all())
+    env.owed = 0.0 if last else step.reward
+    return dataclasses.replace(step, reward=owed + step.reward * last)
+
+
+def test_late_rewards_fail_where_there_are_some() -> None:
+    # Only the expert earns any: without it there is nothing to be late.
+    assert failures(pay_late, solve) == {"rewards the difference of the potential"}
+    assert failures(pay_late) == set()
 
 
 @pytest.mark.parametrize(

@@ -104,7 +104,7 @@ def test_the_gripper_hides_what_is_behind_it() -> None:
     hidden = renderer.render(dataclasses.replace(state, gripper=gripper), scene).colour
     row, column = camera.project(state.object_position[:, 0]).round().long().unbind(1)
     centre = hidden[torch.arange(8), row * SIZE + column]
-    assert (centre.amax(1) < 0.35).all()  # the palm is dark grey
+    assert (centre.amax(1) < 0.45).all()  # palm and column are dark grey
     assert ((centre.amax(1) - centre.amin(1)) < 0.1).all()
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from roadvla.errors import UserError
 from roadvla.experiments.presets import DEPARTURES, PAPER, PRESETS, get_preset
+from roadvla.flags import form_of, parse, value_of
+from roadvla.train.config import Experiment
 from roadvla.train.serialize import difference, from_dict, setting, to_dict
 
 
@@ -16,7 +18,8 @@ def test_an_unknown_preset_names_the_nearest():
 def test_presets_carry_their_name_and_survive_json(name):
     preset = get_preset(name)
     assert preset.name == name
-    assert preset.output == f"runs/{name}"
+    # runs/demo is the folder of `roadvla demo`, which holds several runs
+    assert preset.output == ("runs/demo-run" if name == "demo" else f"runs/{name}")
     assert from_dict(to_dict(preset)) == preset
 
 
@@ -31,6 +34,30 @@ def test_every_departure_from_table_4_is_listed_with_a_reason(name):
 def test_methods_differ_from_ppo_in_the_algorithm_alone(name):
     changed = difference(get_preset("tabletop-ppo"), get_preset(name))
     assert all(n in ("name", "output") or n.startswith("algorithm.") for n in changed)
+
+
+def test_the_demo_preset_is_the_tabletop_s_ppo():
+    assert difference(get_preset("tabletop-ppo"), get_preset("demo")) == ["name", "output"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ("--algo ppo", []),
+        (
+            "--algo road --reference-critic runs/ppo",
+            ["algorithm.algo", "algorithm.reference_critic"],
+        ),
+        ("--algo grpo", ["algorithm.algo"]),
+        ("--algo sft --demonstrations runs/demos", ["demonstrations", "algorithm.algo"]),
+    ],
+)
+def test_the_demo_preset_takes_every_algorithm(flags, changed):
+    form = form_of(get_preset("demo"), short=("algorithm", "optimizer", "rollout"))
+    chosen = value_of(Experiment, parse(form, "train demo", flags.split()))
+    chosen.check_complete()
+    assert chosen.iterations(24) == 60
+    assert difference(get_preset("demo"), chosen) == changed
 
 
 def test_the_tabletop_recipe():

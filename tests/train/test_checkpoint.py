@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,16 @@ def test_an_abandoned_folder_is_replaced(tmp_path):
         (tmp_path / name / "rubbish").write_text("x")
     folder = save(tmp_path, state, 2)
     assert not (folder / "rubbish").exists()
+
+
+@pytest.mark.parametrize("keep_all", [False, True])
+def test_what_an_interrupted_save_left_goes_with_the_next(tmp_path, keep_all):
+    state = trained()
+    abandoned = tmp_path / ".iteration_000001.partial"
+    abandoned.mkdir()
+    (abandoned / "policy.safetensors").write_text("half")
+    save(tmp_path, state, 2, keep_all=keep_all)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration_000002", "latest.json"]
 
 
 @pytest.mark.parametrize("call", range(7))  # six writes reach the disk; the seventh is none
@@ -220,6 +231,8 @@ def test_people_may_point_at_a_policy_a_checkpoint_or_a_run(tmp_path):
     assert policy_folder(run) == policy_folder(run / "checkpoints") == policy_folder(folder)
     with pytest.raises(UserError, match="is not a folder"):
         policy_folder(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"runs/ppo is not a folder \(seen from /.*\): expected"):
+        policy_folder(Path("runs/ppo"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no policy\.json"):
         policy_folder(tmp_path / "empty")

@@ -27,6 +27,13 @@ from roadvla.train.serialize import difference, fingerprint, from_dict, to_dict
         ({"algo": "road", "teacher": "odd", "divergence": "jsd"}, "forward_kl"),
         ({"algo": "road", "teacher": "linear"}, "lower eta to 0.5"),
         ({"algo": "ppo", "combine": "replace"}, "set algo to 'road'"),
+        ({"algo": "ppo", "teacher_logits": "rollout"}, "teacher_logits to 'live'"),
+        ({"algo": "sft", "teacher_logits": "rollout"}, "algo 'sft' has no teacher"),
+        (
+            {"algo": "road", "combine": "replace", "surrogate_advantage": "mix"},
+            "set surrogate_advantage to 'int'",
+        ),
+        ({"algo": "road", "combine": "replace", "distill_coef": 0.0}, "distill_coef above 0"),
         ({"algo": "grpo", "surrogate_advantage": "mix"}, "grpo has none"),
         ({"algo": "ppo", "reference_critic": "x"}, "would not be used"),
         ({"algo": "road", "alpha": 0.0, "reference_critic": "x"}, "would not be used"),
@@ -89,6 +96,13 @@ def test_values_out_of_range_are_refused(kind, settings):
 def test_boundaries_are_accepted():
     Algorithm(alpha=1.0, gamma=0.0, lam=1.0, delta=1.0, entropy_coef=0.0)
     Algorithm(algo="road", teacher="linear", eta=0.5, clip=2.0)
+    Algorithm(algo="road", combine="add", surrogate_advantage="mix", distill_coef=0.0)
+    Algorithm(algo="road", combine="replace", teacher_logits="rollout")
+
+
+def test_what_presets_hand_down_is_accepted():
+    # Presets derive from each other, so PPO's may carry ROAD's settings.
+    Algorithm(algo="ppo", eta=0.5, clip=1.0, teacher="odd", token_weighting="inverse_prob")
 
 
 def test_missing_files_are_named_only_when_the_run_begins():

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from probes import PARTS, ColourEnv, TablePolicy, load_table, probe_experiment
+from probes import PARTS, ColourEnv, TablePolicy, load_table, probe_experiment, save_table
 from roadvla.errors import UserError
 from roadvla.evaluation.files import read_evaluation
 from roadvla.train import checkpoint as checkpoints
@@ -135,6 +135,7 @@ class CrashError(Exception):
         (MetricsWriter, "amend", 1),
         (trainers, "save_checkpoint", 2),  # after its row was written
         (os, "replace", 5),  # while a checkpoint is put in place
+        (os, "replace", 6),  # while latest.json is
     ],
 )
 def test_a_crash_anywhere_is_resumed_exactly(finished, tmp_path, monkeypatch, owner, name, call):
@@ -247,6 +248,32 @@ def test_ctrl_c_in_the_final_evaluation_keeps_the_policy(finished, tmp_path, mon
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_ctrl_c_before_there_is_a_run_does_not_advise_to_resume(tmp_path, held):
+    def slow(*args, **options):
+        raise KeyboardInterrupt
+
+    folder = tmp_path / "run"
+    if held:
+        run(folder)
+    with pytest.raises(Interrupted, match=r"^stopped before the run began$"):
+        run(folder, force=held, parts=replace(PARTS, load_backbone=slow))
+    assert len(rows(folder)) == (13 if held else 0)
+
+
+@pytest.mark.parametrize("name", ["fsync", "replace"])
+def test_the_configuration_appears_whole_or_not_at_all(tmp_path, monkeypatch, name):
+    def crash(*args):
+        raise CrashError
+
+    monkeypatch.setattr(os, name, crash)
+    with pytest.raises(CrashError):
+        run(tmp_path / "run")
+    assert not (tmp_path / "run" / "config.json").exists()
+    monkeypatch.undo()
+    run(tmp_path / "run")
+
+
 def test_a_nan_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
     real, calls = trainers.update, []
 
@@ -340,6 +367,31 @@ def test_road_takes_its_reference_from_a_finished_run_and_leaves_it_alone(finish
     assert all("loss/agd" in row for row in table)
     assert load_table(folder / LAST).hit_rate() > TablePolicy().hit_rate() + 0.2
     assert (finished / LAST / "policy.safetensors").read_bytes() == before
+
+
+def test_a_critic_that_never_learned_is_no_reference(finished, tmp_path):
+    grpo = run(tmp_path / "grpo", algorithm=Algorithm(algo="grpo", group_size=4, entropy_coef=0.0))
+    warm = tmp_path / "warm"
+    save_table(TablePolicy(), warm)
+    road = Algorithm(algo="road", reference_critic="")
+    run(tmp_path / "bare", algorithm=replace(road, reference_critic=str(warm)))
+    (warm / "warmup.json").write_text("[]")
+    for source in (grpo, grpo / "checkpoints", grpo / LAST, warm):
+        with pytest.raises(UserError, match=r"never trained: name a finished PPO run$") as error:
+            run(tmp_path / "road", algorithm=replace(road, reference_critic=str(source)))
+        assert str(source) in str(error.value)
+        assert not (tmp_path / "road").exists()
+    for source in (finished / LAST, tmp_path / "bare"):
+        run(tmp_path / "road", algorithm=replace(road, reference_critic=str(source)), force=True)
+
+
+def test_a_resume_from_elsewhere_names_the_relative_path_it_misses(finished, tmp_path, monkeypatch):
+    monkeypatch.chdir(finished.parent)
+    algorithm = Algorithm(algo="road", reference_critic=finished.name)
+    folder = run(tmp_path / "road", algorithm=algorithm)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=rf"^{finished.name} is not a folder \(seen from [^\n]*$"):
+        train(load_experiment(folder), resume=True, parts=PARTS)
 
 
 def test_with_coefficient_zero_road_is_ppo_from_start_to_end(finished, tmp_path):

@@ -84,7 +84,7 @@ def by_hand(policy, batch, algorithm, temperature):
             kind=a.divergence,
             reduction=a.distill_reduction,
             teacher=a.teacher,
-            behaviour_logits=batch.logits if a.teacher_logits == "rollout" else None,
+            behaviour_logits=batch.logits / temperature if a.teacher_logits == "rollout" else None,
             token_weight=inverse_prob_weight(old, delta=a.delta) if weighted else None,
         )
     if a.algo != "grpo":
@@ -131,6 +131,26 @@ def test_loss_and_gradient_are_the_objective_s(settings, temperature):
         else:
             assert torch.allclose(a.grad, b.grad, atol=1e-6)
     assert not any(part.requires_grad for part in parts.values())
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_without_advantage_the_rollout_s_teacher_is_the_policy_that_acted(divergence):
+    # ω = 0 and unchanged logits: teacher and student are both softmax(z/0.7), nothing to distil
+    policy, batch = TablePolicy(), make_batch()
+    logits, _ = policy.evaluate(batch.observation, batch.action_tokens)
+    batch = replace(batch, weight=torch.zeros(64), logits=logits.detach())
+    algorithm = Algorithm(
+        algo="road",
+        combine="replace",
+        teacher_logits="rollout",
+        divergence=divergence,
+        entropy_coef=0.0,
+    )
+    total, parts = losses(policy, batch, algorithm, temperature=0.7, value_only=False)
+    total.backward()
+    assert float(parts["loss/agd"]) == pytest.approx(0.0, abs=1e-6)
+    assert policy.table.grad is not None
+    assert float(policy.table.grad.abs().max()) < 1e-7
 
 
 def test_sft_is_cross_entropy_alone():

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
+import errno
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from probes import PARTS, ColourEnv, TablePolicy, load_table
+from probes import PARTS, ColourEnv, TablePolicy, load_table, probe_experiment, save_table
 from roadvla.errors import UserError
 from roadvla.train import trainer as trainers
 from roadvla.train import warmup as warmups
+from roadvla.train.checkpoint import policy_folder
 from roadvla.train.demonstrations import load_demonstrations
+from roadvla.train.trainer import train
 from roadvla.train.warmup import WarmUp, collect_demonstrations, run_warm_up, warm_up
 
 SETTINGS = WarmUp(env="probe", episodes=10, steps=60, batch=32, learning_rate=0.05, levels=8)
@@ -167,6 +171,95 @@ def test_the_folder_holds_policy_demonstrations_and_settings(tmp_path, monkeypat
     run_warm_up(settings, force=True, parts=WORLD)
     again = replace(settings, init=str(folder), output=str(tmp_path / "again"), steps=1)
     assert not torch.equal(load_table(run_warm_up(again, parts=WORLD)).table, TablePolicy().table)
+
+
+@pytest.fixture
+def quick(monkeypatch, tmp_path):
+    monkeypatch.setattr(warmups, "tabletop_expert", lambda noise: namer())
+    return replace(SETTINGS, output=str(tmp_path / "folder"), steps=2)
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+WARM_UP = [
+    "config.json",
+    "demonstrations.safetensors",
+    "policy.json",
+    "policy.safetensors",
+    "warmup.json",
+]
+
+
+def test_a_warm_up_spares_a_run_unless_forced(quick):
+    def forbidden(device):
+        raise AssertionError("refused before any work")
+
+    folder = train(probe_experiment(quick.output), parts=PARTS)
+    (folder / "notes.txt").write_text("mine")
+    before = (folder / "config.json").read_text()
+    with pytest.raises(UserError, match=r"already holds a run.*--force"):
+        run_warm_up(quick, parts=replace(WORLD, load_backbone=forbidden))
+    assert (folder / "config.json").read_text() == before
+    run_warm_up(quick, force=True, parts=WORLD)
+    assert names(folder) == sorted([*WARM_UP, "notes.txt"])
+
+
+def test_a_forced_run_leaves_no_warm_up_that_would_shadow_it(quick):
+    folder = run_warm_up(quick, parts=WORLD)
+    assert names(folder) == WARM_UP
+    experiment = probe_experiment(folder)
+    with pytest.raises(UserError, match=r"already holds a warm-up.*--force"):
+        train(experiment, parts=PARTS)
+    assert names(folder) == WARM_UP
+    train(experiment, force=True, parts=PARTS)
+    assert names(folder) == [
+        "checkpoints",
+        "config.json",
+        "evaluation",
+        "metrics.jsonl",
+        "tensorboard",
+    ]
+    assert policy_folder(folder).name == "iteration_000012"
+
+
+def test_a_bare_policy_is_not_overwritten_either(quick):
+    save_table(TablePolicy(), Path(quick.output))
+    with pytest.raises(UserError, match="holds a warm-up or another policy"):
+        run_warm_up(quick, parts=WORLD)
+    with pytest.raises(UserError, match="holds a warm-up or another policy"):
+        train(probe_experiment(quick.output), parts=PARTS)
+
+
+def test_force_does_not_remove_the_warm_up_s_own_start(quick):
+    folder = run_warm_up(quick, parts=WORLD)
+    with pytest.raises(UserError, match="would remove"):
+        run_warm_up(replace(quick, init=str(folder)), force=True, parts=WORLD)
+    assert names(folder) == WARM_UP
+
+
+def test_a_warm_up_that_fails_replaces_nothing(quick):
+    folder = run_warm_up(quick, parts=WORLD)
+    before = (folder / "policy.safetensors").read_bytes()
+    with pytest.raises(trainers.TrainingDivergedError):
+        run_warm_up(replace(quick, learning_rate=1e38, steps=10), force=True, parts=WORLD)
+    assert names(folder) == WARM_UP
+    assert (folder / "policy.safetensors").read_bytes() == before
+
+
+def test_the_policy_comes_last_and_a_full_disk_leaves_nothing_half_done(quick):
+    seen = []
+
+    def full(policy, folder):
+        seen.extend(names(folder))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(UserError, match="No space left on device"):
+        run_warm_up(quick, parts=replace(WORLD, save_policy=full))
+    assert seen == ["config.json", "demonstrations.safetensors", "warmup.json"]
+    assert names(Path(quick.output)) == []
+    run_warm_up(quick, parts=WORLD)
 
 
 @pytest.mark.parametrize(

@@ -103,6 +103,40 @@ def read_evaluation(path: Path) -> Evaluation:
     return evaluation
 
 
+def find_evaluation(folder: Path, env: str, split: str) -> Evaluation | None:
+    """Read a set's evaluation if there is a sound one; a damaged one counts as none."""
+    try:
+        return read_evaluation(evaluation_path(folder, env, split))
+    except UserError:
+        return None
+
+
+def count_filmed(folder: Path, env: str, split: str) -> int:
+    """Count the episodes that a set's film shows: 0 if there is no sound film."""
+    try:
+        return len(read_film(film_path(evaluation_path(folder, env, split))).episode_ids)
+    except UserError:
+        return 0
+
+
+def lost_by(found: Evaluation, *, episodes: int, temperature: float, iteration: int | None) -> str:
+    """Say what a stored evaluation has that a new one would not: ``""`` if nothing is lost.
+
+    Args:
+        found: The stored one.
+        episodes: Of the new one.
+        temperature: Of the new one.
+        iteration: Of the policy that the new one measures; ``None`` if it is no checkpoint.
+    """
+    if found.iteration != iteration:
+        return f"iteration {found.iteration}, not {iteration}"
+    if found.temperature != temperature:
+        return f"temperature {found.temperature:g}, not {temperature:g}"
+    if found.episodes > episodes:
+        return f"{found.episodes} episodes, not {episodes}"
+    return ""
+
+
 def read_film(path: Path) -> Film:
     """Read the frames recorded beside an evaluation.
 

@@ -5,7 +5,7 @@ A preset is an ``Experiment``; each is derived from another with ``dataclasses.r
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from roadvla.errors import unknown_name
 from roadvla.train.config import (
@@ -56,15 +56,33 @@ PAPER = Experiment(
 )
 """Table 4 where Table 4 speaks; RL4VLA's values where only RL4VLA does."""
 
-ELSEWHERE = {
-    "Episode length (steps)": "the simulator's horizon",
-    "Rollout inference batch size": "the policy splits its batches itself",
-    "Policy LoRA rank": "the policy, when it is built",
-    "Distillation temperature": "fixed at 1: teacher and student share the behaviour's logits",
-    "Global token weight": "fixed at 1: token_weighting 'none'",
-    "Reference critic type": "the trunk and value head at --reference-critic",
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A row of Table 4 that is no setting of an experiment.
+
+    Attributes:
+        printed: Its value in the paper.
+        where: What decides it here.
+    """
+
+    printed: int | float | str
+    where: str
+
+
+ELSEWHERE: dict[str, Elsewhere] = {
+    "Episode length (steps)": Elsewhere(80, "the simulator's horizon"),
+    "Rollout inference batch size": Elsewhere(32, "the policy splits its batches itself"),
+    "Policy LoRA rank": Elsewhere(32, "the policy, when it is built"),
+    "Distillation temperature": Elsewhere(
+        1.0, "fixed: teacher and student share the behaviour's logits"
+    ),
+    "Global token weight": Elsewhere(1.0, "fixed: token_weighting 'none'"),
+    "Reference critic type": Elsewhere(
+        "PPO value head", "the trunk and value head at --reference-critic"
+    ),
 }
-"""Rows of Table 4 that are no setting of an experiment, and where they live."""
+"""The rows of Table 4 that no setting holds."""
 
 RL4VLA = replace(
     PAPER,
@@ -138,6 +156,9 @@ TABLETOP_AGD_ODD = replace(
 )
 """AGD alone with both drifts removed."""
 
+DEMO = replace(TABLETOP_PPO, name="demo", output="runs/demo-run")
+"""What ``roadvla demo`` adapts with, for PPO; its own runs and report lie in ``runs/demo``."""
+
 DEBUG = replace(
     TABLETOP_PPO,
     name="debug",
@@ -159,6 +180,7 @@ PRESETS: dict[str, Experiment] = {
         TABLETOP_ROAD_REPLACE,
         TABLETOP_PPO_MIX,
         TABLETOP_AGD_ODD,
+        DEMO,
         DEBUG,
     )
 }
@@ -202,6 +224,7 @@ DEPARTURES: dict[str, dict[str, str]] = {
         "algorithm.token_weighting": "removes the first-order drift (reading R15)",
         "algorithm.distill_reduction": "a sum over the tokens, as the joint policy gradient has",
     },
+    "demo": {**_ALL, **_PPO},
     "debug": {
         **_ALL,
         **_PPO,

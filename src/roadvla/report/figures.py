@@ -49,7 +49,7 @@ _DIAGNOSTICS = (
     ("critic/explained_variance", "Explained variance of the returns", "share"),
     ("guidance/weight_mean", "Mean weight ω̄", "ω̄"),
     ("guidance/agreement", "Agreement of the two critics", "share of steps"),
-    ("guidance/time_step_share", "Share of ω's variance due to the step", "share"),
+    ("guidance/time_step_share", "ω's variance due to the time step", "share"),
 )
 
 
@@ -109,8 +109,10 @@ def diagnostics(runs: Sequence[Run], setting: str, path: Path) -> bool:
             _draw_mean(axis, [run.series(name) for run in group], group[0].method, place)
         if name not in names:
             axis.text(0.5, 0.5, "not logged", transform=axis.transAxes, ha="center", color="gray")
+            axis.set(xticks=[], yticks=[])
+        else:
+            _thousands(axis)
         axis.set(title=title, ylabel=unit, xlabel="Environment steps")
-        _thousands(axis)
     figure.suptitle(f"{setting}: diagnostics (mean over seeds, band: range)", fontsize=12, y=0.95)
     figure.subplots_adjust(hspace=0.42, wspace=0.36, bottom=0.07)
     _legend(figure, axes)

@@ -36,7 +36,7 @@ class Progress:
 
     Attributes:
         iteration: Iterations completed.
-        env_steps: Environment steps taken.
+        env_steps: Environment steps taken; for ``sft``, demonstrated steps drawn.
         episodes: Training episodes used, for the next ids.
         config: Fingerprint of the experiment.
     """
@@ -102,6 +102,8 @@ def save_checkpoint(
         for old in root.glob("iteration_*"):
             if old.name != name:
                 shutil.rmtree(old, ignore_errors=True)
+    for abandoned in root.glob(".iteration_*.partial"):
+        shutil.rmtree(abandoned, ignore_errors=True)
     return final
 
 
@@ -136,6 +138,8 @@ def policy_folder(path: Path) -> Path:
         if (found := latest_checkpoint(root)) is not None:
             return found
     what = "holds no policy.json and no checkpoints" if path.is_dir() else "is not a folder"
+    if not path.is_absolute():
+        what += f" (seen from {Path.cwd()})"
     raise UserError(f"{path} {what}: expected a warm-up folder, a run or a checkpoint of one")
 
 

@@ -111,6 +111,7 @@ class Algorithm:
         if self.kl_stop is not None:
             _check_range(self, "kl_stop", above=0.0)
         self._check_teacher()
+        self._check_combine()
         self._check_reference()
 
     @property
@@ -139,10 +140,29 @@ class Algorithm:
                 f"teacher 'linear' needs eta·clip of at most 1, got {self.eta:g}·{self.clip:g}: "
                 f"lower eta to {1 / self.clip:g}"
             )
-        if self.algo != "road" and self.combine == "replace":
+        if self.algo != "road" and self.teacher_logits == "rollout":
+            raise UserError(
+                f"teacher_logits 'rollout' would only cost memory, algo {self.algo!r} has no "
+                f"teacher: set algo to 'road' or teacher_logits to 'live'"
+            )
+
+    def _check_combine(self) -> None:
+        if self.combine != "replace":
+            return
+        if self.algo != "road":
             raise UserError(
                 f"combine 'replace' is a reading of ROAD's loss: set algo to 'road' or combine "
                 f"to 'add', not with algo {self.algo!r}"
+            )
+        if self.surrogate_advantage == "mix":
+            raise UserError(
+                "surrogate_advantage 'mix' would not be used, combine 'replace' leaves no "
+                "surrogate: set surrogate_advantage to 'int' or combine to 'add'"
+            )
+        if self.distill_coef == 0:
+            raise UserError(
+                "combine 'replace' with distill_coef 0 leaves nothing to learn from: set "
+                "distill_coef above 0 or combine to 'add'"
             )
 
     def _check_reference(self) -> None:

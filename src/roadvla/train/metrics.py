@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from roadvla.errors import UserError
+from roadvla.train.board import Board
 
 FILE = "metrics.jsonl"
 
@@ -80,29 +81,22 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path, *, iteration: int, env_steps: int) -> None:
-        # Imported here: TensorBoard takes seconds to load and only training needs it.
-        from torch.utils.tensorboard.writer import SummaryWriter
-
         self._path = folder / FILE
         rows = [row for row in read_metrics(folder) if row["iteration"] <= iteration]
         if iteration == 0:
             rows = []
         with _explained(self._path):
             self._rewrite(rows)
-            self._board = SummaryWriter(
-                str(folder / "tensorboard"), purge_step=env_steps + 1 if iteration else None
-            )
-
-    def __enter__(self) -> MetricsWriter:
-        """Return itself."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Flush and close TensorBoard's file."""
-        self._board.close()
+        board = folder / "tensorboard"
+        with _explained(board):
+            self._board = Board(board, start=env_steps + 1 if iteration else 0)
 
     def write(self, iteration: int, env_steps: int, metrics: Mapping[str, float]) -> None:
-        """Append one row; it is on disk when this returns."""
+        """Append one row; it is on disk when this returns.
+
+        Raises:
+            UserError: If the disk is full.
+        """
         row = {"iteration": iteration, "env_steps": env_steps, **metrics}
         with _explained(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(_line(row))
@@ -111,7 +105,11 @@ class MetricsWriter:
         self._to_board(env_steps, metrics)
 
     def amend(self, metrics: Mapping[str, float]) -> None:
-        """Add metrics to the last row, e.g. those of the final evaluation."""
+        """Add metrics to the last row, e.g. those of the final evaluation.
+
+        Raises:
+            UserError: If the disk is full.
+        """
         rows = read_metrics(self._path.parent)
         with _explained(self._path):
             self._rewrite([*rows[:-1], {**rows[-1], **metrics}])
@@ -126,9 +124,8 @@ class MetricsWriter:
         os.replace(temporary, self._path)
 
     def _to_board(self, env_steps: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, env_steps)
-        self._board.flush()
+        with _explained(self._path.parent / "tensorboard"):
+            self._board.write(env_steps, metrics)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -140,11 +137,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / FILE
     if not path.exists():
         return []
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = path.read_bytes().splitlines()
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode())
             rows.append({"iteration": int(row["iteration"]), **row})
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):

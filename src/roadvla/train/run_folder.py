@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import describe_machine
+from roadvla.train.checkpoint import policy_folder
 from roadvla.train.config import Experiment
 from roadvla.train.serialize import difference, from_dict, setting, to_dict
 
 CONFIG = "config.json"
-_PARTS = (CONFIG, "metrics.jsonl", "metrics.partial", "tensorboard", "checkpoints", "evaluation")
+DEMONSTRATIONS = "demonstrations.safetensors"
+HISTORY = "warmup.json"
+_POLICY_PARTS = ("policy.json", "policy.safetensors", HISTORY, DEMONSTRATIONS)
+_RUN_PARTS = ("metrics.jsonl", "metrics.partial", "tensorboard", "checkpoints", "evaluation")
+_PARTS = (*_POLICY_PARTS, *_RUN_PARTS, CONFIG)
+_WITH_CRITIC = ("ppo", "road")
 _ABOUT = ("roadvla_version", "command", "started", "machine")
 
 
@@ -32,39 +41,96 @@ def about(device: str) -> dict[str, str]:
     return dict(zip(_ABOUT, values, strict=True))
 
 
+def check_claimable(folder: Path, *, force: bool, sources: Iterable[str | None] = ()) -> None:
+    """Refuse a folder that holds a run, a warm-up or a policy, and change nothing.
+
+    Args:
+        folder: Where something new is to be written.
+        force: Whether what is there may be replaced.
+        sources: Paths that the new thing is made from; they must not be replaced by it.
+
+    Raises:
+        UserError: If the folder is taken, or a source lies in what would be removed.
+    """
+    held = _held(folder)
+    if held and not force:
+        if any(part.name in _POLICY_PARTS for part in held):
+            raise UserError(
+                f"{folder} already holds a warm-up or another policy: choose another --output, or "
+                f"pass --force to replace it"
+            )
+        raise UserError(
+            f"{folder} already holds a run: choose another --output, pass --force to replace it, "
+            f"or go on with `{resume_command(folder)}`"
+        )
+    for source in sources:
+        if held and source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
+            raise UserError(
+                f"{source} lies in {folder}, which --force would remove: choose another"
+            )
+
+
+def claim_folder(folder: Path, *, force: bool, sources: Iterable[str | None] = ()) -> None:
+    """Make a folder that holds no run, no warm-up and no policy; other files in it stay.
+
+    Args:
+        folder: Made if need be.
+        force: Whether a run, a warm-up or a policy that is already there is removed.
+        sources: Paths that the new content is made from; they must not be removed.
+
+    Raises:
+        UserError: If the folder is taken, or cannot be written.
+    """
+    check_claimable(folder, force=force, sources=sources)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        clear_folder(folder)
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def clear_folder(folder: Path) -> None:
+    """Remove the run, the warm-up or the policy in a folder, and nothing else.
+
+    Raises:
+        OSError: If something cannot be removed.
+    """
+    for part in _held(folder):
+        shutil.rmtree(part) if part.is_dir() and not part.is_symlink() else part.unlink()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file; it appears whole or not at all.
+
+    Raises:
+        UserError: If it cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=1) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
 def create_run_folder(experiment: Experiment, *, force: bool) -> Path:
     """Make an empty run folder with the resolved configuration in it.
 
     Args:
         experiment: What will run.
-        force: Whether a run that is already there may be removed; other files stay.
+        force: Whether a run or a policy that is already there is removed; other files stay.
 
     Raises:
-        UserError: If it already holds a run, or cannot be written.
+        UserError: If it already holds a run or a policy, or cannot be written.
     """
     folder = Path(experiment.output)
-    held = [folder / part for part in _PARTS if (folder / part).exists()]
-    if held and not force:
-        raise UserError(
-            f"{folder} already holds a run: choose another --output, pass --force to replace it, "
-            f"or go on with `{resume_command(folder)}`"
-        )
-    for source in (experiment.init, experiment.algorithm.reference_critic):
-        if held and source is not None and Path(source).resolve().is_relative_to(folder.resolve()):
-            raise UserError(
-                f"{source} lies in {folder}, which --force would remove: choose another"
-            )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for part in held:
-            shutil.rmtree(part) if part.is_dir() else part.unlink()
-        text = json.dumps({**to_dict(experiment), **about(experiment.device)}, indent=1) + "\n"
-        (folder / CONFIG).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror or error}; free space or choose another "
-            f"--output"
-        ) from error
+    sources = (experiment.init, experiment.algorithm.reference_critic, experiment.demonstrations)
+    claim_folder(folder, force=force, sources=sources)
+    write_json(folder / CONFIG, {**to_dict(experiment), **about(experiment.device)})
     return folder
 
 
@@ -105,3 +171,44 @@ def check_resumable(experiment: Experiment) -> Path:
                 f"with {setting(recorded, name)!r}; use that, or start a new run with --init"
             )
     return folder
+
+
+def check_critic_trained(source: Path) -> None:
+    """Refuse a reference critic whose value head is known never to have learned anything.
+
+    A folder that tells nothing about its origin is taken on trust.
+
+    Args:
+        source: A run, a checkpoint or a policy folder.
+
+    Raises:
+        UserError: If it is a warm-up, or a run without a critic, or holds no policy.
+    """
+    folder = policy_folder(source)
+    origin = "a warm-up" if (folder / HISTORY).exists() else None
+    if folder.parent.name == "checkpoints":
+        algo = _recorded_algo(folder.parent.parent)
+        if algo is not None and algo not in _WITH_CRITIC:
+            origin = f"from a run with algo {algo!r}"
+    if origin is not None:
+        raise UserError(
+            f"reference_critic {source} is {origin}, its value head was never trained: name a "
+            f"finished PPO run"
+        )
+
+
+def _recorded_algo(run: Path) -> str | None:
+    try:
+        return str(json.loads((run / CONFIG).read_text(encoding="utf-8"))["algorithm"]["algo"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _held(folder: Path) -> list[Path]:
+    return [folder / part for part in _PARTS if os.path.lexists(folder / part)]
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; free space or choose another --output"
+    )

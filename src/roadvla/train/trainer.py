@@ -33,7 +33,12 @@ from roadvla.train.interrupt import Interrupted, catch_interrupts
 from roadvla.train.metrics import MetricsWriter, Stopwatch, peak_memory, to_floats
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
-from roadvla.train.run_folder import check_resumable, create_run_folder, resume_command
+from roadvla.train.run_folder import (
+    check_critic_trained,
+    check_resumable,
+    create_run_folder,
+    resume_command,
+)
 from roadvla.train.serialize import fingerprint
 from roadvla.train.update import make_optimizer, set_learning_rates, update
 from roadvla.types import Batch
@@ -73,7 +78,7 @@ def train(
     Args:
         experiment: What to do.
         resume: Go on with the run in ``experiment.output``, whose settings must be the same.
-        force: Replace a run that is already there.
+        force: Replace a run, a warm-up or a policy that is already there.
         parts: Environment and policy; those of the package unless given.
 
     Returns:
@@ -84,7 +89,7 @@ def train(
         TrainingDivergedError: If a metric is not finite.
         Interrupted: After Ctrl-C; the message says how to go on.
     """
-    folder = Path(experiment.output)
+    folder, begun = Path(experiment.output), resume
     try:
         experiment.check_complete()
         checkpoint = None
@@ -93,9 +98,11 @@ def train(
         trainer = Trainer(experiment, parts or Parts(), checkpoint)
         if not resume:
             create_run_folder(experiment, force=force)
+            begun = True
         _loop(trainer, folder)
     except KeyboardInterrupt as error:
-        raise Interrupted(_stopped(folder)) from error
+        said = _stopped(folder) if begun else "stopped before the run began"
+        raise Interrupted(said) from error
     return folder
 
 
@@ -104,10 +111,8 @@ def _loop(trainer: Trainer, folder: Path) -> None:
     experiment, total = trainer.experiment, trainer.iterations
     title = f"{experiment.name} on {experiment.env}"
     start = trainer.progress
-    with (
-        MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps) as writer,
-        Display(title, total, done=start.iteration) as display,
-    ):
+    writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
+    with Display(title, total, done=start.iteration) as display:
         if start.iteration == 0 and experiment.evaluation.every:
             writer.write(0, 0, _evaluation_metrics(trainer.measure(experiment.evaluation.episodes)))
         with catch_interrupts() as interrupts:
@@ -180,6 +185,7 @@ class Trainer:
             restore_optimizer(checkpoint, self.policy, self.optimizer, self.generator)
         self._reference: Policy | None = None
         if algorithm.reference_critic is not None:
+            check_critic_trained(Path(algorithm.reference_critic))
             self._reference = self._load(algorithm.reference_critic)
             self._share_vision = self._reference.shares_vision(self.policy)
         self._demonstrations: Demonstrations | None = None
@@ -210,7 +216,8 @@ class Trainer:
             values = to_floats(metrics)
         self._refuse_divergence(values)
         steps = experiment.rollout.num_envs * self._env.horizon
-        speed = steps / watch.total()
+        speeds = {f"{key}_steps_per_second": steps / took for key, took in watch.seconds.items()}
+        speeds["time/steps_per_second"] = steps / watch.total()
         self.progress = dataclasses.replace(
             self.progress, iteration=iteration + 1, env_steps=self.progress.env_steps + steps
         )
@@ -222,7 +229,7 @@ class Trainer:
             "policy/learning_rate": rate,
             **watch.seconds,
             "time/iteration": watch.total(),
-            "time/steps_per_second": speed,
+            **speeds,
             "memory/peak_mb": peak_memory(self._device),
         }
 

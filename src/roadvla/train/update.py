@@ -135,6 +135,8 @@ def losses(
     """
     logits, value = policy.evaluate(batch.observation, batch.action_tokens)
     logits = logits / temperature
+    if batch.logits is not None:
+        batch = replace(batch, logits=batch.logits / temperature)
     parts: dict[str, Tensor] = {}
     total = logits.new_zeros(())
     log_probs = token_log_probs(logits, batch.action_tokens)

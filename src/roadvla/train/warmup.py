@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -23,11 +22,19 @@ from roadvla.train.demonstrations import Demonstrations, save_demonstrations
 from roadvla.train.metrics import to_floats
 from roadvla.train.primitives import grid
 from roadvla.train.progress import Display
-from roadvla.train.run_folder import CONFIG, about
+from roadvla.train.run_folder import (
+    CONFIG,
+    DEMONSTRATIONS,
+    HISTORY,
+    about,
+    check_claimable,
+    claim_folder,
+    clear_folder,
+    write_json,
+)
 from roadvla.train.trainer import Parts, TrainingDivergedError
 from roadvla.train.update import losses, make_optimizer, schedule_factor
 
-DEMONSTRATIONS = "demonstrations.safetensors"
 _FIRST_ID = 500_000  # evaluation counts from 0, training from 1,000,000
 
 Expert = Callable[[VectorEnv, Float[Tensor, " B"], torch.Generator], Tensor]
@@ -97,6 +104,13 @@ def tabletop_expert(noise: float) -> Expert:
 def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = None) -> Path:
     """Collect demonstrations, fine-tune on them, and write both into a folder.
 
+    Nothing is written, and nothing replaced, before the work is done.
+
+    Args:
+        settings: What to collect and how to learn from it.
+        force: Replace a warm-up, a policy or a run that is already there.
+        parts: Environment and policy; those of the package unless given.
+
     Returns:
         The folder: a policy to pass as ``init``, ``demonstrations.safetensors``, the settings in
         ``config.json`` and the course of the loss in ``warmup.json``.
@@ -105,24 +119,25 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
         UserError: If the folder is taken or cannot be written, or the expert fails too often.
     """
     parts, folder = parts or Parts(), Path(settings.output)
-    if (folder / "policy.json").exists() and not force:
-        raise UserError(
-            f"{folder} already holds a warm-up: choose another --output, or pass --force to "
-            f"replace it"
-        )
+    check_claimable(folder, force=force, sources=(settings.init,))
     if settings.init is None:
         policy = parts.load_backbone(settings.device)
     else:
         policy = parts.load_policy(policy_folder(Path(settings.init)), settings.device)
     demonstrations = collect_demonstrations(settings, parts=parts)
-    save_demonstrations(demonstrations, folder / DEMONSTRATIONS)
     history = warm_up(policy, demonstrations, settings)
+    claim_folder(folder, force=force, sources=(settings.init,))
     try:
-        parts.save_policy(policy, folder)
+        save_demonstrations(demonstrations, folder / DEMONSTRATIONS)
         config = {"name": "warm-up", **asdict(settings), **about(settings.device)}
-        for name, value in ((CONFIG, config), ("warmup.json", history)):
-            (folder / name).write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    except OSError as error:
+        write_json(folder / CONFIG, config)
+        write_json(folder / HISTORY, history)
+        # The policy comes last: once it is there, the warm-up is complete.
+        parts.save_policy(policy, folder)
+    except (UserError, OSError) as error:
+        clear_folder(folder)
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"cannot write {folder}: {error.strerror or error}; free space") from error
     return folder
 

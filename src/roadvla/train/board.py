@@ -1,0 +1,61 @@
+"""TensorBoard's event file, written at once and by the caller's own thread.
+
+TensorBoard's writer hands events to a thread, whose errors (a full disk) nobody can catch.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+class Board:
+    """Appends scalars to an event file of its own.
+
+    Args:
+        folder: For the event files; made if need be.
+        start: First step of what follows. Events of earlier files at this step or later, from work
+            that was lost, are hidden.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+
+    def __init__(self, folder: Path, *, start: int) -> None:
+        # Imported here: TensorBoard takes long to load and only training needs it.
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._session = event_pb2.Event, event_pb2.SessionLog
+        self._summary, self._record_writer = summary_pb2.Summary, RecordWriter
+        folder.mkdir(parents=True, exist_ok=True)
+        # TensorBoard reads the files of a folder in the order of their names.
+        self._path = folder / f"events.out.tfevents.{time.time_ns()}"
+        begins = self._session(status=self._session.START)
+        self._append(
+            self._event(wall_time=time.time(), step=start, file_version="brain.Event:2"),
+            self._event(wall_time=time.time(), step=start, session_log=begins),
+        )
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Append the scalars of one step; they are handed to the system when this returns.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        values = [
+            self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()
+        ]
+        summary = self._summary(value=values)
+        self._append(self._event(wall_time=time.time(), step=step, summary=summary))
+
+    def _append(self, *events: Any) -> None:
+        data = io.BytesIO()
+        writer = self._record_writer(data)
+        for event in events:
+            writer.write(event.SerializeToString())
+        with self._path.open("ab") as file:
+            file.write(data.getvalue())
