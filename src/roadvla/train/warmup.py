@@ -128,11 +128,11 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
     history = warm_up(policy, demonstrations, settings)
     claim_folder(folder, force=force, sources=(settings.init,))
     try:
-        save_demonstrations(demonstrations, folder / DEMONSTRATIONS)
         config = {"name": "warm-up", **asdict(settings), **about(settings.device)}
+        # The settings say whose the rest is; the policy comes last and says that it is complete.
         write_json(folder / CONFIG, config)
+        save_demonstrations(demonstrations, folder / DEMONSTRATIONS)
         write_json(folder / HISTORY, history)
-        # The policy comes last: once it is there, the warm-up is complete.
         parts.save_policy(policy, folder)
     except (UserError, OSError) as error:
         clear_folder(folder)
