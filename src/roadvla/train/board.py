@@ -29,8 +29,11 @@ class Board:
         from tensorboard.compat.proto import event_pb2, summary_pb2
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._session = event_pb2.Event, event_pb2.SessionLog
-        self._summary, self._record_writer = summary_pb2.Summary, RecordWriter
+        # The messages are made at run time; the type checker cannot see them.
+        self._event: Any = getattr(event_pb2, "Event")  # noqa: B009
+        self._session: Any = getattr(event_pb2, "SessionLog")  # noqa: B009
+        self._summary: Any = getattr(summary_pb2, "Summary")  # noqa: B009
+        self._record_writer = RecordWriter
         folder.mkdir(parents=True, exist_ok=True)
         # TensorBoard reads the files of a folder in the order of their names.
         self._path = folder / f"events.out.tfevents.{time.time_ns()}"
