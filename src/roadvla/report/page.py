@@ -12,6 +12,7 @@ from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS
 from roadvla.evaluation.files import read_film
 from roadvla.report import figures
+from roadvla.report.dynamics import dynamics_table
 from roadvla.report.runs import Run, read_runs
 from roadvla.report.summary import Summary, order_methods, summarize
 from roadvla.report.tables import SPLIT_NAMES, markdown_table, sentences, table_json
@@ -95,7 +96,7 @@ def _setting(runs: Sequence[Run], summary: Summary, setting: str, output: Path) 
     if figures.adaptation_curves(here, setting, summary, curves):
         parts.append(_image(curves, output, f"Adaptation curves of {setting}"))
     if figures.diagnostics(here, setting, inner):
-        parts.append(_image(inner, output, f"Diagnostics of {setting}"))
+        parts += [_image(inner, output, f"Diagnostics of {setting}"), dynamics_table(here)]
     return parts + _films(runs, setting, output)
 
 
