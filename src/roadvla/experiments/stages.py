@@ -90,9 +90,9 @@ def ensure_evaluations(
 ) -> None:
     """Evaluate a policy on every setting's two splits, but for those already measured.
 
-    The four settings that share one training distribution are measured in distribution once. A
-    result counts as measured if it is of the policy as it is now, sampled alike, and of no fewer
-    episodes.
+    The four settings that share one training distribution are measured in distribution once, and
+    the result is noted under each. A result counts as measured if it is of the policy as it is
+    now, sampled alike, and of no fewer episodes.
 
     Args:
         run: Run or policy folder; results go to its ``evaluation`` folder.
@@ -125,6 +125,24 @@ def ensure_evaluations(
             )
             write_evaluation(attribute(result, checkpoint, base=run), folder)
             display.advance({f"eval/{split}/success_rate": result.success_rate})
+    _copy_shared(folder, iteration, seed)
+
+
+def _copy_shared(folder: Path, iteration: int | None, seed: int) -> None:
+    """Note a result under every setting that shares its distribution and has none as good.
+
+    The episodes and the sampling are the same, so measuring again would give the same outcomes.
+    """
+    first: dict[object, tuple[str, str]] = {}
+    for alias, row in SETTINGS.items():
+        for split in SPLITS:
+            source = first.setdefault(row.distribution(split), (alias, split))
+            result = find_evaluation(folder, *source)
+            if source[0] == alias or result is None:
+                continue
+            known = find_evaluation(folder, alias, split)
+            if not _is_measured(known, result.episodes, iteration, seed):
+                write_evaluation(replace(result, env=alias), folder)
 
 
 def _check_warm_up(folder: Path, settings: WarmUp) -> None:

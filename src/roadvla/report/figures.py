@@ -46,10 +46,10 @@ _PHASES = ("rollout", "reference", "update", "evaluation")
 _DIAGNOSTICS = (
     ("policy/entropy", "Policy entropy", "nats per token"),
     ("policy/kl", "KL, old to new policy", "nats"),
-    ("critic/explained_variance", "Explained variance of the returns", "share"),
+    ("critic/explained_variance", "Explained variance of returns", "share"),
     ("guidance/weight_mean", "Mean weight ω̄", "ω̄"),
     ("guidance/agreement", "Agreement of the two critics", "share of steps"),
-    ("guidance/time_step_share", "ω's variance due to the time step", "share"),
+    ("guidance/time_step_share", "ω's variance due to the step", "share"),
 )
 
 
@@ -120,7 +120,7 @@ def diagnostics(runs: Sequence[Run], setting: str, path: Path) -> bool:
     return True
 
 
-def cost_split(runs: Sequence[Run], baseline: str | None, path: Path) -> bool:
+def cost_split(runs: Sequence[Run], path: Path) -> bool:
     """Seconds per iteration by phase and method; False if no times were logged."""
     groups = {m: g for m, g in _groups(runs).items() if _phase_seconds(g)["iteration"] > 0}
     if not groups:
@@ -137,11 +137,9 @@ def cost_split(runs: Sequence[Run], baseline: str | None, path: Path) -> bool:
         left += widths
     for method, end in zip(groups, left, strict=True):
         note = f" {training[method]:.2f} s without evaluation"
-        if baseline in training and method != baseline and training[baseline] > 0:
-            note += f" = {training[method] / training[baseline]:.2f} × {baseline}"
         axis.text(end, method, note, va="center", fontsize=10)
     axis.set(xlabel="Seconds per iteration (mean)", title="Where the time goes")
-    axis.set_xlim(0, 1.9 * left.max())
+    axis.set_xlim(0, 1.6 * left.max())
     axis.invert_yaxis()
     axis.grid(axis="y", visible=False)
     below = (0.5, -0.55 / (0.4 + 0.6 * len(groups)))

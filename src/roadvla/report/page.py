@@ -28,6 +28,11 @@ episode by episode, on common seeds. ▲ and ▼ mark a difference only where th
 without any real difference."""
 
 
+_COST = """\
+As logged. Runs made at different times, or side by side on one machine, slow each other unevenly: \
+do not take ratios from this figure. `benchmarks/bench_iteration.py` measures them."""
+
+
 def write_report(
     runs: Sequence[Path], output: Path, *, baseline: str | None = None, command: str | None = None
 ) -> Summary:
@@ -74,8 +79,8 @@ def _page(runs: Sequence[Run], summary: Summary, output: Path, command: str | No
     for setting in dict.fromkeys([*summary.rows, *trained]):
         parts += [f"## {setting}", *_setting(runs, summary, setting, output)]
     cost = output / "figures" / "cost.png"
-    if figures.cost_split(runs, summary.baseline, cost):
-        parts += ["## Cost", _image(cost, output, "Seconds per iteration by phase")]
+    if figures.cost_split(runs, cost):
+        parts += ["## Cost", _image(cost, output, "Seconds per iteration by phase"), _COST]
     parts += ["## How to read the numbers", _STATISTICS, "## Where they come from", _sources(runs)]
     parts.append(_origins(runs, output))
     return "\n\n".join(parts)
