@@ -108,6 +108,27 @@ def test_the_gripper_hides_what_is_behind_it() -> None:
     assert ((centre.amax(1) - centre.amin(1)) < 0.1).all()
 
 
+def test_the_gripper_is_hidden_by_what_is_before_it() -> None:
+    scene = sample_scene(torch.arange(8), setting("VR-UnseenTable").train)
+    state = initial_state(scene)
+    camera = make_camera(CPU)
+    position = state.object_position.clone()
+    position[:, 0, 2] = 0.15
+    away = position[:, 0] - camera.origin
+    gripper = state.gripper.clone()
+    gripper[:, :3] = position[:, 0] + 0.12 * away - torch.tensor([0, 0, 0.058])
+    far = state.gripper.clone()
+    far[:, :3] = torch.tensor([-0.17, -0.21, 0.2])
+    renderer = Renderer(CPU)
+    renderer.bake(scene)
+    behind = dataclasses.replace(state, object_position=position, gripper=gripper)
+    row, column = camera.project(position[:, 0]).round().long().unbind(1)
+    centre = (torch.arange(8), row * SIZE + column)
+    seen = renderer.render(behind, scene).colour[centre]
+    alone = renderer.render(dataclasses.replace(behind, gripper=far), scene).colour[centre]
+    assert torch.allclose(seen, alone, atol=0.01)
+
+
 def test_the_foreground_is_what_stands_on_the_table() -> None:
     scene = sample_scene(torch.arange(16), setting("CR-MultiReceptacle").test)
     renderer = Renderer(CPU)

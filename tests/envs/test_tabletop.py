@@ -78,6 +78,15 @@ def test_four_settings_share_one_training_distribution() -> None:
     assert all(row.train != row.test for row in SETTINGS.values())
 
 
+def test_20_pairs_are_seen_and_12_are_not() -> None:
+    ids = torch.arange(8192)
+    counts = []
+    for distribution in (setting("CR-MultiObject").train, setting("CR-MultiObject").test):
+        scene = sample_scene(ids, distribution)
+        counts.append(len((scene.shape[:, 0] * 8 + scene.colour[:, 0]).unique()))
+    assert counts == [20, 12]
+
+
 def test_what_is_unseen_never_appears_in_training() -> None:
     ids = torch.arange(4096)
     for alias, row in SETTINGS.items():
