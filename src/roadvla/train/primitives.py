@@ -13,7 +13,13 @@ from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from roadvla.envs.suite import Distribution
-from roadvla.envs.tabletop.dynamics import State, initial_state, yaw_error
+from roadvla.envs.tabletop.dynamics import (
+    MAX_ROTATION,
+    MAX_TRANSLATION,
+    State,
+    initial_state,
+    yaw_error,
+)
 from roadvla.envs.tabletop.noise import uniform
 from roadvla.envs.tabletop.render import Frame, Renderer, quantize
 from roadvla.envs.tabletop.scene import COLOURS, ELONGATED, NUM_TABLES, SHAPES, Scene, sample_scene
@@ -24,7 +30,7 @@ _STREAM = 9000
 _OVERLAY_SEED = 70  # not the suite's: its overlays stay unseen
 _APPROACH = 0.10
 _HOVER = 0.09
-_LIMITS = (0.04, 0.04, 0.04, 0.35, 0.35, 0.35)
+_LIMITS = (MAX_TRANSLATION,) * 3 + (MAX_ROTATION,) * 3
 _GAIN = 0.7
 
 # Which things may stand beside the named ones; any colour and shape is allowed.
