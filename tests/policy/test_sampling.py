@@ -7,7 +7,7 @@ import scipy.stats
 import torch
 
 from roadvla.policy import TinyVLA
-from roadvla.policy.tiny import _sample
+from roadvla.policy.sampling import sample_tokens
 from roadvla.types import Observation
 
 
@@ -91,7 +91,7 @@ def test_sampling_inverts_the_cumulative_distribution() -> None:
     # Masses 1/8, 0, 1/2, 3/8, so the steps are at 1/8, 1/8, 5/8, 1.
     logits = torch.tensor([0.125, 0.0, 0.5, 0.375]).log()
     uniform = torch.tensor([0.0, 0.12, 0.13, 0.62, 0.63, 1.0 - 2.0**-24])
-    tokens, log_probs = _sample(logits.expand(6, 4), uniform)
+    tokens, log_probs = sample_tokens(logits.expand(6, 4), uniform)
     assert tokens.tolist() == [0, 0, 2, 2, 3, 3]
     assert log_probs.exp().tolist() == pytest.approx([0.125, 0.125, 0.5, 0.5, 0.375, 0.375])
 
@@ -101,7 +101,7 @@ def test_impossible_bins_are_never_drawn() -> None:
     logits[:, 200:] = -torch.inf
     logits[:, :3] = -torch.inf
     for extreme in (0.0, 1.0 - 2.0**-24):
-        tokens, log_probs = _sample(logits, torch.full((64,), extreme))
+        tokens, log_probs = sample_tokens(logits, torch.full((64,), extreme))
         assert log_probs.isfinite().all()
         assert ((tokens >= 3) & (tokens < 200)).all()
 

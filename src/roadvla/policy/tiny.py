@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from roadvla.policy.action_tokens import NUM_BINS, NUM_TOKENS, TABLETOP_STATS, NormStats
+from roadvla.policy.sampling import sample_tokens
 from roadvla.policy.tiny_layers import (
     MASKED,
     RESAMPLER_HEADS,
@@ -264,7 +265,7 @@ class TinyVLA(nn.Module):
             if temperature == 0.0:
                 tokens[:, index] = scores.argmax(dim=-1)
             else:
-                sample = _sample(scores / temperature, uniform[:, index])
+                sample = sample_tokens(scores / temperature, uniform[:, index])
                 tokens[:, index], log_probs[:, index] = sample
         return PolicyOutput(
             action_tokens=tokens,
@@ -315,18 +316,3 @@ class TinyVLA(nn.Module):
 
     def _value(self, hidden: Float[Tensor, "N E"]) -> Float[Tensor, " N"]:
         return self.value_head(hidden.detach() if self.detach_value else hidden).squeeze(-1)
-
-
-def _sample(
-    logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]
-) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:
-    """Invert the cumulative distribution at ``uniform``; a bin of probability 0 is never drawn.
-
-    The sums run in float64. A float32 number below 1 times the total stays below the total there,
-    so the search always ends inside the range.
-    """
-    log_probs = logits.log_softmax(dim=-1)
-    cumulative = log_probs.double().exp().cumsum(dim=-1)
-    target = uniform.double() * cumulative[:, -1]
-    tokens = torch.searchsorted(cumulative, target.unsqueeze(-1), right=True)
-    return tokens.squeeze(-1), log_probs.gather(-1, tokens).squeeze(-1)

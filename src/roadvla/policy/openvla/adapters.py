@@ -1,0 +1,153 @@
+"""LoRA on OpenVLA, through ``peft``: which layers, attaching, switching, weights in and out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from roadvla.errors import UserError
+from roadvla.policy.openvla.architecture import is_dead
+from roadvla.policy.openvla.network import Network
+
+SUFFIXES = (
+    *("qkv", "proj", "fc1", "fc2", "fc3", "q", "kv"),
+    *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+)
+"""Last parts of the names of adapted layers, RL4VLA's list; ``lm_head`` comes on top if wanted."""
+
+LM_HEAD = "language_model.lm_head"
+
+
+def adapted_modules(network: Network, *, lm_head: bool) -> list[str]:
+    """Name the layers that get an adapter: all linear ones and the patch embeddings.
+
+    Dead modules (the towers' last blocks, SigLIP's pooling) are not built, so they get none.
+
+    Args:
+        network: Without adapters yet.
+        lm_head: Whether the output layer is among them.
+    """
+    return [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+        and not name.startswith("value_head.")
+        and (name.rpartition(".")[2] in SUFFIXES or (lm_head and name == LM_HEAD))
+    ]
+
+
+def attach(
+    network: Network, name: str, modules: Sequence[str], *, rank: int, alpha: int
+) -> None:
+    """Put a fresh adapter on layers and make it the active one; only it is trainable then.
+
+    A is drawn from N(0, 1/r²) by a generator of its own, B is 0 (RL4VLA's "gaussian"). Both are
+    float32 whatever the base is.
+
+    Args:
+        network: Changed in place.
+        name: Of the adapter.
+        modules: Layers, as ``adapted_modules`` names them.
+        rank: r.
+        alpha: α; the adapter's output is scaled by α/r.
+    """
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=0.0,
+        bias="none",
+        target_modules=list(modules),
+        init_lora_weights=False,
+    )
+    trained = {name for name, p in network.value_head.named_parameters() if p.requires_grad}
+    inject_adapter_in_model(config, network, adapter_name=name)
+    for head_name, parameter in network.value_head.named_parameters():
+        parameter.requires_grad_(head_name in trained)  # injecting froze it
+    generator = torch.Generator().manual_seed(0)
+    for _, layer in _layers(network):
+        for part in (layer.lora_A[name], layer.lora_B[name]):
+            part.to(torch.float32)
+        weight = layer.lora_A[name].weight
+        with torch.no_grad():
+            if not weight.is_meta:
+                weight.copy_(torch.randn(weight.shape, generator=generator) / rank)
+            layer.lora_B[name].weight.zero_()
+
+
+def adapter_weights(network: Network, name: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Copy an adapter's A and B per layer to the CPU."""
+    return {
+        module: (
+            layer.lora_A[name].weight.detach().cpu().clone(),
+            layer.lora_B[name].weight.detach().cpu().clone(),
+        )
+        for module, layer in _layers(network)
+    }
+
+
+def load_adapter(
+    network: Network, name: str, weights: Mapping[str, tuple[Tensor, Tensor]], source: str
+) -> None:
+    """Copy stored weights into an attached adapter; those of dead modules are left out.
+
+    Args:
+        network: With the adapter attached.
+        name: Of the adapter.
+        weights: A and B per layer.
+        source: Named in errors.
+
+    Raises:
+        UserError: If layers are missing or unknown, or a shape is another.
+    """
+    alive = {
+        module: pair
+        for module, pair in weights.items()
+        if not is_dead(f"{module}.weight", network.architecture)
+    }
+    layers = dict(_layers(network))
+    missing, unknown = sorted(layers.keys() - alive.keys()), sorted(alive.keys() - layers.keys())
+    if missing == [LM_HEAD] or unknown == [LM_HEAD]:
+        has, flag = ("no", "--no-lora-lm-head") if missing else ("an", "--lora-lm-head")
+        raise UserError(f"adapter {source} has {has} adapter on {LM_HEAD}: pass {flag}")
+    if missing or unknown:
+        raise UserError(
+            f"adapter {source} does not cover the layers of this checkpoint: "
+            f"{len(missing)} missing{_first(missing)}, {len(unknown)} unknown{_first(unknown)}; "
+            f"use the checkpoint it was trained on"
+        )
+    with torch.no_grad():
+        for module, layer in layers.items():
+            for own, stored in zip((layer.lora_A, layer.lora_B), alive[module], strict=True):
+                weight = own[name].weight
+                if weight.shape != stored.shape:
+                    raise UserError(
+                        f"adapter {source} does not fit at {module}: {tuple(stored.shape)}, "
+                        f"expected {tuple(weight.shape)}; use the checkpoint it was trained on"
+                    )
+                weight.copy_(stored)
+
+
+@contextmanager
+def switched(network: Network, name: str, back: str) -> Iterator[None]:
+    """Let another adapter act, without gradient, and put the trained one back afterwards."""
+    layers = [layer for _, layer in _layers(network)]
+    try:
+        for layer in layers:
+            layer.set_adapter(name, inference_mode=True)
+        yield
+    finally:
+        for layer in layers:
+            layer.set_adapter(back)
+
+
+def _layers(network: Network) -> Iterator[tuple[str, LoraLayer]]:
+    return ((name, m) for name, m in network.named_modules() if isinstance(m, LoraLayer))
+
+
+def _first(names: Sequence[str]) -> str:
+    return f" ({names[0]}, …)" if names else ""
