@@ -25,7 +25,8 @@ class Observation:
 
     Attributes:
         image: RGB frame, 0 to 255.
-        prompt: Token ids of the instruction (and hint), padded on the right with 0.
+        prompt: Token ids of the instruction (and hint), padded on the right; the policy that made
+            them knows its own pad id.
         vision: Features of a frozen vision tower for ``image``, when they are already known: they
             spare the tower's pass in updates and in the reference critic. ``None``: compute them.
     """

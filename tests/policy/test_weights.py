@@ -159,8 +159,8 @@ def test_description_is_not_an_object(folder: Path) -> None:
 
 
 def test_unknown_format_and_kind(folder: Path) -> None:
-    rewrite(folder, lambda d: d.update(kind="openvla"))
-    fails(folder, "'openvla'", "'tiny'")
+    rewrite(folder, lambda d: d.update(kind="pi0"))
+    fails(folder, "'pi0'", "'tiny' and 'openvla'")
     rewrite(folder, lambda d: d.update(format=2))
     fails(folder, "format 2", "reads 1")
 

@@ -1,4 +1,4 @@
-"""One line about the machine, so that a number can be traced to where it came from."""
+"""The machine: which of its devices can be used, and one line to trace a number to it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,29 @@ from pathlib import Path
 
 import torch
 
+from roadvla.errors import UserError
+
 _CPU_INFO = Path("/proc/cpuinfo")
+
+
+def usable_device(name: str) -> torch.device:
+    """Turn a device's name into a device that is there.
+
+    Raises:
+        UserError: If there is no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"unknown device {name!r}: use 'cpu' or 'cuda'") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"device {name!r} is not available here: use --device cpu")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(
+            f"device {name!r} is not available here: there are {torch.cuda.device_count()}, "
+            f"counted from cuda:0"
+        )
+    return device
 
 
 def describe_machine(device: str | torch.device = "cpu") -> str:

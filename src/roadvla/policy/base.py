@@ -13,14 +13,30 @@ from roadvla.types import Observation, PolicyOutput
 
 
 @runtime_checkable
-class Policy(Protocol):
+class Critic(Protocol):
+    """What judges observations."""
+
+    def value(self, observation: Observation) -> Float[Tensor, " N"]:
+        """Value alone: a prefill without any action token."""
+        ...
+
+    def shares_vision(self, other: object) -> bool:
+        """Whether both see the same vision features, so that one pass serves both."""
+        ...
+
+
+@runtime_checkable
+class Policy(Critic, Protocol):
     """A vision-language-action policy over K action tokens of V bins, with a value head."""
 
     num_tokens: int
     num_bins: int
 
     def tokenize(self, instructions: Sequence[str]) -> Int[Tensor, "B L"]:
-        """Turn instructions into prompt ids on the policy's device, padded on the right with 0."""
+        """Turn instructions into prompt ids on the policy's device, padded on the right.
+
+        Only the policy knows what it pads with.
+        """
         ...
 
     def act(
@@ -37,11 +53,7 @@ class Policy(Protocol):
     def evaluate(
         self, observation: Observation, action_tokens: Int[Tensor, "N K"]
     ) -> tuple[Float[Tensor, "N K V"], Float[Tensor, " N"]]:
-        """Teacher-forced raw logits of all K positions, and the value, with gradient."""
-        ...
-
-    def value(self, observation: Observation) -> Float[Tensor, " N"]:
-        """Value alone: a prefill without any action token."""
+        """Teacher-forced raw logits of all K positions and the value: float32, with gradient."""
         ...
 
     def decode(self, action_tokens: Int[Tensor, "*N K"]) -> Float[Tensor, "*N K"]:
@@ -50,10 +62,6 @@ class Policy(Protocol):
 
     def encode(self, action: Float[Tensor, "*N K"]) -> Int[Tensor, "*N K"]:
         """Un-normalized actions to bins, clipped to the range of the statistics."""
-        ...
-
-    def shares_vision(self, other: object) -> bool:
-        """Whether both see the same vision features, so that one pass serves both."""
         ...
 
     def policy_parameters(self) -> Iterable[nn.Parameter]:

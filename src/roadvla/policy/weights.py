@@ -1,4 +1,8 @@
-"""Policies on disk: a folder with ``policy.safetensors`` and ``policy.json`` that describes it."""
+"""Policies on disk: a folder with its weights and ``policy.json``, which says what they are.
+
+A tiny policy's weights are in ``policy.safetensors``; an OpenVLA's folder is described in
+``openvla/policy.py``.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +21,19 @@ from torch import Tensor
 
 from roadvla.errors import UserError
 from roadvla.policy.action_tokens import NUM_TOKENS, NormStats
+from roadvla.policy.base import Policy
 from roadvla.policy.tiny import TinyArchitecture, TinyVLA
 
 FORMAT = 1
 WEIGHTS_NAME = "policy.safetensors"
 DESCRIPTION_NAME = "policy.json"
+ADAPTER_NAME = "adapter_config.json"
+KINDS = ("tiny", "openvla")
 BACKBONE_FOLDER = Path(__file__).parent / "weights" / "tiny-backbone"
 
 
 def save_policy(policy: TinyVLA, folder: Path) -> None:
-    """Write a policy's weights and description into a folder, which is made if need be.
+    """Write a tiny policy's weights and description into a folder, which is made if need be.
 
     Each file appears whole or not at all. The description comes last and holds the checksum of the
     weights, so a save cut off between the two is noticed when it is loaded.
@@ -48,15 +55,48 @@ def save_policy(policy: TinyVLA, folder: Path) -> None:
     _write(folder / DESCRIPTION_NAME, (json.dumps(description, indent=2) + "\n").encode())
 
 
-def load_policy(folder: Path, device: torch.device | str = "cpu") -> TinyVLA:
-    """Read a policy that ``save_policy`` wrote; its vision tower is frozen.
+def load_policy(folder: Path, device: torch.device | str = "cpu") -> Policy:
+    """Read a policy of whatever kind from its folder, to be run as it was trained.
+
+    Args:
+        folder: Holds ``policy.json``, or an OpenVLA adapter in RL4VLA's layout.
+        device: Where it goes.
+
+    Raises:
+        UserError: If anything is missing, damaged, or made for another program or architecture, or
+            packages that the kind needs are not installed.
+    """
+    folder = Path(folder)
+    if policy_kind(folder) == "tiny":
+        return load_tiny(folder, device)
+    from roadvla.policy.openvla.policy import load_openvla
+
+    return load_openvla(folder, device)
+
+
+def policy_kind(folder: Path) -> str:
+    """Say what kind of policy a folder holds, one of ``KINDS``; nothing but its name is read.
+
+    Raises:
+        UserError: If it holds none, or one that this version does not know.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no policy at {folder}: expected a folder holding {DESCRIPTION_NAME}")
+    if not (folder / DESCRIPTION_NAME).exists() and (folder / ADAPTER_NAME).is_file():
+        return "openvla"  # RL4VLA's folders hold an adapter without a description
+    return _read_description(folder / DESCRIPTION_NAME)["kind"]
+
+
+def load_tiny(folder: Path, device: torch.device | str = "cpu") -> TinyVLA:
+    """Read a tiny policy that ``save_policy`` wrote; its vision tower is frozen.
 
     Raises:
         UserError: If anything is missing, damaged, or made for another program or architecture.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"no policy at {folder}: expected a folder holding {DESCRIPTION_NAME}")
+    if (kind := policy_kind(folder)) != "tiny":
+        raise UserError(f"{folder} holds a policy of kind {kind!r}: pass --policy {kind}")
     description = _read_description(folder / DESCRIPTION_NAME)
     architecture = _read_architecture(description, folder)
     stats = NormStats.from_dict(_entry(description, "norm_stats", dict, folder))
@@ -83,7 +123,7 @@ def load_backbone(device: torch.device | str = "cpu") -> TinyVLA:
             f"no pretrained backbone at {BACKBONE_FOLDER}: "
             "reinstall roadvla, or make one with `roadvla pretrain`"
         )
-    return load_policy(BACKBONE_FOLDER, device)
+    return load_tiny(BACKBONE_FOLDER, device)
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -128,10 +168,10 @@ def _read_description(path: Path) -> dict[str, Any]:
             f"{path} has format {description.get('format')!r}, this version reads {FORMAT}: "
             "use the version of roadvla that wrote it"
         )
-    if description.get("kind") != "tiny":
+    if description.get("kind") not in KINDS:
         raise UserError(
             f"{path} describes a policy of kind {description.get('kind')!r}; "
-            "this version loads kind 'tiny'"
+            f"this version loads kinds {' and '.join(map(repr, KINDS))}"
         )
     return description
 

@@ -1,9 +1,9 @@
 """Checkpoints: everything a run needs to go on as if it had never stopped, written atomically.
 
-A checkpoint is a folder ``iteration_NNNNNN`` with the policy (``policy.json``,
-``policy.safetensors``), ``optimizer.safetensors`` (AdamW's moments by parameter name, and the
-state of the random generator) and ``state.json`` (counters, the configuration's fingerprint,
-checksums). ``latest.json`` beside the folders names the last complete one.
+A checkpoint is a folder ``iteration_NNNNNN`` with the policy (``policy.json`` and its weights, of
+an OpenVLA adapter and value head alone), ``optimizer.safetensors`` (AdamW's moments by parameter
+name, and the state of the random generator) and ``state.json`` (counters, the configuration's
+fingerprint, checksums). ``latest.json`` beside the folders names the last complete one.
 """
 
 from __future__ import annotations
@@ -127,20 +127,34 @@ def policy_folder(path: Path) -> Path:
     """Resolve what people point at to the folder that holds the policy.
 
     Args:
-        path: A policy folder, a checkpoint, or a run (its last checkpoint is meant).
+        path: A policy folder, an adapter folder of RL4VLA's, a checkpoint, or a run (its last
+            checkpoint is meant).
 
     Raises:
         UserError: If it is none of these.
     """
-    if (path / "policy.json").is_file():
+    if (path / "policy.json").is_file() or (path / "adapter_config.json").is_file():
         return path
     for root in (path / "checkpoints", path):
         if (found := latest_checkpoint(root)) is not None:
             return found
+    if is_base(path):
+        raise UserError(
+            f"{path} is a base checkpoint: pass it with --policy openvla --checkpoint {path}"
+        )
     what = "holds no policy.json and no checkpoints" if path.is_dir() else "is not a folder"
     if not path.is_absolute():
         what += f" (seen from {Path.cwd()})"
     raise UserError(f"{path} {what}: expected a warm-up folder, a run or a checkpoint of one")
+
+
+def is_base(folder: Path) -> bool:
+    """Whether a folder holds a pretrained model in HF format, not something this program made."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and "model_type" in config
 
 
 def read_progress(folder: Path) -> Progress:

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from roadvla.envs.base import VectorEnv
-from roadvla.policy.base import Policy
+from roadvla.policy.base import Critic, Policy
 from roadvla.types import Observation, PolicyOutput, Rollout
 
 _EPISODES_PER_SEED = 1_000_000
@@ -92,12 +92,12 @@ def collect(
 
 @torch.no_grad()
 def reference_values(
-    critic: Policy, rollout: Rollout, *, share_vision: bool
+    critic: Critic, rollout: Rollout, *, share_vision: bool
 ) -> tuple[Tensor, Tensor]:
     """Let another critic judge a rollout, one time step of B observations at once.
 
     Args:
-        critic: Frozen policy with a value head.
+        critic: Frozen.
         rollout: What the live policy did.
         share_vision: Whether the rollout's vision features are those the critic would compute.
 

@@ -15,14 +15,18 @@ from typing import Any
 
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import describe_machine
-from roadvla.train.checkpoint import policy_folder
+from roadvla.train.checkpoint import is_base, policy_folder
 from roadvla.train.config import Experiment
 from roadvla.train.serialize import difference, from_dict, setting, to_dict
 
 CONFIG = "config.json"
 DEMONSTRATIONS = "demonstrations.safetensors"
 HISTORY = "warmup.json"
-_POLICY_PARTS = ("policy.json", "policy.safetensors", HISTORY, DEMONSTRATIONS)
+_ADAPTER_PARTS = ("adapter_config.json", "adapter_model.safetensors", "value_head.safetensors")
+_POLICY_PARTS = (
+    *("policy.json", "policy.safetensors", *_ADAPTER_PARTS, "dataset_statistics.json"),
+    *(HISTORY, DEMONSTRATIONS),
+)
 _RUN_PARTS = ("metrics.jsonl", "metrics.partial", "tensorboard", "checkpoints", "evaluation")
 _PARTS = (*_POLICY_PARTS, *_RUN_PARTS, CONFIG)
 _WITH_CRITIC = ("ppo", "road")
@@ -50,9 +54,12 @@ def check_claimable(folder: Path, *, force: bool, sources: Iterable[str | None] 
         sources: Paths that the new thing is made from; they must not be replaced by it.
 
     Raises:
-        UserError: If the folder is taken, or a source lies in what would be removed.
+        UserError: If the folder is taken, or a source lies in what would be removed. A base
+            checkpoint is never replaced.
     """
     held = _held(folder)
+    if is_base(folder):
+        raise UserError(f"{folder} holds a base checkpoint: choose another --output")
     if held and not force:
         if any(part.name in _POLICY_PARTS for part in held):
             raise UserError(
@@ -128,10 +135,15 @@ def create_run_folder(experiment: Experiment, *, force: bool) -> Path:
         UserError: If it already holds a run or a policy, or cannot be written.
     """
     folder = Path(experiment.output)
-    sources = (experiment.init, experiment.algorithm.reference_critic, experiment.demonstrations)
-    claim_folder(folder, force=force, sources=sources)
+    claim_folder(folder, force=force, sources=sources_of(experiment))
     write_json(folder / CONFIG, {**to_dict(experiment), **about(experiment.device)})
     return folder
+
+
+def sources_of(experiment: Experiment) -> tuple[str | None, ...]:
+    """Name the paths that a run is made from; they must not lie in what it replaces."""
+    critic = experiment.algorithm.reference_critic
+    return (experiment.init, experiment.checkpoint, critic, experiment.demonstrations)
 
 
 def load_experiment(folder: Path) -> Experiment:

@@ -98,9 +98,7 @@ def test_what_acted_is_what_is_evaluated(
     torch.testing.assert_close(output.logits, logits, atol=3e-5, rtol=1e-5)
     log_probs = (logits / 0.7).log_softmax(-1).gather(-1, output.action_tokens.unsqueeze(-1))
     torch.testing.assert_close(output.log_probs, log_probs.squeeze(-1), atol=3e-5, rtol=1e-5)
-    again = model.act(
-        pixels, prompts, temperature=0.7, generator=torch.Generator().manual_seed(5)
-    )
+    again = model.act(pixels, prompts, temperature=0.7, generator=torch.Generator().manual_seed(5))
     assert torch.equal(again.action_tokens, output.action_tokens)
 
 

@@ -115,9 +115,7 @@ def test_acting_does_not_depend_on_the_split(
     assert policy.act(observation, temperature=0.0, keep_logits=True).logits is not None
 
 
-def test_saved_and_loaded(
-    policy: OpenVLAPolicy, observation: Observation, tmp_path: Path
-) -> None:
+def test_saved_and_loaded(policy: OpenVLAPolicy, observation: Observation, tmp_path: Path) -> None:
     disturb(policy)
     save_openvla(policy, tmp_path / "saved")
     loaded = load_openvla(tmp_path / "saved")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from roadvla.errors import UserError
 
 try:
-    import peft
+    import peft  # noqa: F401
     import transformers  # noqa: F401
 except ImportError as error:
     raise UserError(

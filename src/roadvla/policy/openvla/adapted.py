@@ -139,10 +139,7 @@ class OpenVLAPolicy(nn.Module):
     def value_by(self, observation: Observation, head: ValueHead) -> Float[Tensor, " N"]:
         """Value that a head gives to the states of the active adapter."""
         return torch.cat(
-            [
-                self.model.value_on(*self._inputs(part), head)
-                for part in self._parts(observation)
-            ]
+            [self.model.value_on(*self._inputs(part), head) for part in self._parts(observation)]
         )
 
     def take(self, adapter: Adapter, source: str) -> None:

@@ -6,7 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -21,6 +24,26 @@ SUFFIXES = (
 """Last parts of the names of adapted layers, RL4VLA's list; ``lm_head`` comes on top if wanted."""
 
 LM_HEAD = "language_model.lm_head"
+
+
+class FusedLinear(LoraLinear):
+    """``peft``'s layer, with scale and sum inside the second product: W x + b + (α/r) B (A x).
+
+    peft's own forward pass writes the adapter's full-width output twice more, and multiplies in the
+    adapter's precision. Here everything runs in the input's; A and B stay float32 where they are
+    kept and updated.
+    """
+
+    def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:  # type: ignore[override]
+        """Apply base and active adapter."""
+        out = self.base_layer(x)
+        (name,) = self.active_adapters
+        low = F.linear(x, self.lora_A[name].weight.to(x.dtype))
+        wide = self.lora_B[name].weight.to(x.dtype)
+        flat = torch.addmm(
+            out.flatten(0, -2), low.flatten(0, -2), wide.t(), alpha=self.scaling[name]
+        )
+        return flat.view(out.shape)
 
 
 def adapted_modules(network: Network, *, lm_head: bool) -> list[str]:
@@ -41,9 +64,7 @@ def adapted_modules(network: Network, *, lm_head: bool) -> list[str]:
     ]
 
 
-def attach(
-    network: Network, name: str, modules: Sequence[str], *, rank: int, alpha: int
-) -> None:
+def attach(network: Network, name: str, modules: Sequence[str], *, rank: int, alpha: int) -> None:
     """Put a fresh adapter on layers and make it the active one; only it is trainable then.
 
     A is drawn from N(0, 1/r²) by a generator of its own, B is 0 (RL4VLA's "gaussian"). Both are
@@ -64,6 +85,7 @@ def attach(
         target_modules=list(modules),
         init_lora_weights=False,
     )
+    config._register_custom_module({nn.Linear: FusedLinear})
     trained = {name for name, p in network.value_head.named_parameters() if p.requires_grad}
     inject_adapter_in_model(config, network, adapter_name=name)
     for head_name, parameter in network.value_head.named_parameters():

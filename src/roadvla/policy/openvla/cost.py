@@ -172,6 +172,13 @@ def adapter_parameters(
     return rank * sum(inputs + outputs for inputs, outputs in pairs)
 
 
+def decoder_parameters(architecture: Architecture, rank: int) -> tuple[int, int]:
+    """Count what each decoding step multiplies with: layers and action rows, and their adapters."""
+    pairs = [*decoder_layer(architecture).values()] * architecture.text["num_hidden_layers"]
+    pairs.append((architecture.hidden, NUM_BINS))
+    return _weights(pairs), rank * sum(inputs + outputs for inputs, outputs in pairs)
+
+
 def prefill_tokens(architecture: Architecture, prompt: int) -> int:
     """Positions of image and prompt."""
     return architecture.patches + prompt

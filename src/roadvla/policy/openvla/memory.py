@@ -1,8 +1,9 @@
 """Bytes an OpenVLA run needs, from the network's sizes alone (docs/cost.md derives each formula).
 
-What autograd keeps is listed per block, as the native network saves it: the base is frozen, so a
-linear layer's input is kept for its adapter only. ``mixed`` means a bfloat16 base and bfloat16
-activations with float32 adapters under autocast, else everything is float32.
+What autograd keeps is listed block by block, as the native network saves it: the base is frozen, so
+a linear layer's input is kept for its adapter only. ``half`` means a bfloat16 base with float32
+adapters under autocast, where every adapter keeps a bfloat16 copy of its input; otherwise all is
+float32, and layers side by side share one input.
 """
 
 from __future__ import annotations
@@ -14,27 +15,29 @@ from roadvla.policy.openvla.architecture import Architecture, Tower
 from roadvla.policy.openvla.cost import (
     adapter_parameters,
     decoder_layer,
+    decoder_parameters,
     parameters,
-    prefill_tokens,
+    patch_embedding,
     projector_layers,
     tower_block,
     tower_tokens,
     training_tokens,
 )
 
-_FLOAT32 = 4
+FLOAT32 = 4
+BFLOAT16 = 2
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resident:
-    """Bytes that stay, whatever the batch.
+    """Bytes that stay in memory whatever the batch.
 
     Attributes:
         base: Frozen weights, without the dead ones.
-        adapters: LoRA and the value head, float32.
+        adapters: LoRA and value head, float32.
         gradients: Of those.
-        moments: AdamW's two.
-        casts: Adapters in bfloat16, which autocast keeps for the backward pass.
+        moments: AdamW's two per parameter.
+        casts: The adapters in bfloat16, which autocast makes and the backward pass needs.
     """
 
     base: int
@@ -49,35 +52,89 @@ class Resident:
         return self.base + self.adapters + self.gradients + self.moments + self.casts
 
 
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """Bytes of one sample's activations in an update.
+
+    Attributes:
+        kept: From the forward pass on.
+        recomputed: With checkpointing, the largest block's, which exist while its gradient is
+            computed; else 0.
+    """
+
+    kept: int
+    recomputed: int
+
+    @property
+    def peak(self) -> int:
+        """Both."""
+        return self.kept + self.recomputed
+
+
 def resident(
-    architecture: Architecture, rank: int, *, lm_head: bool = True, mixed: bool = True
+    architecture: Architecture, rank: int, *, lm_head: bool = True, half: bool = True
 ) -> Resident:
-    """Bytes of weights, gradients and optimiser state.
+    """Count weights, gradients and optimiser state.
 
     Args:
         architecture: Sizes.
         rank: Of the adapters.
         lm_head: Whether the output layer has one.
-        mixed: Precision.
+        half: Precision.
     """
-    counts = parameters(architecture)
-    adapters = adapter_parameters(architecture, rank, lm_head=lm_head)
-    trained = _FLOAT32 * (adapters + counts.value_head)
+    trained = FLOAT32 * trained_parameters(architecture, rank, lm_head=lm_head)
+    # The output layer's adapter is multiplied in float32.
+    cast = BFLOAT16 * adapter_parameters(architecture, rank, lm_head=False)
     return Resident(
-        base=counts.loaded * _width(mixed),
+        base=parameters(architecture).loaded * _width(half),
         adapters=trained,
         gradients=trained,
         moments=2 * trained,
-        casts=2 * adapters if mixed else 0,
+        casts=cast if half else 0,
     )
 
 
-def cache_bytes(architecture: Architecture, prompt: int, *, mixed: bool = True) -> int:
-    """Bytes of keys and values of one observation: all positions that an action ever attends to."""
+def trained_parameters(architecture: Architecture, rank: int, *, lm_head: bool = True) -> int:
+    """Count adapters and value head."""
+    adapters = adapter_parameters(architecture, rank, lm_head=lm_head)
+    return adapters + parameters(architecture).value_head
+
+
+def cache_bytes(architecture: Architecture, prompt: int, *, half: bool = True) -> int:
+    """Keys and values of one observation, for every position that an action attends to."""
     text = architecture.text
     channels = text["num_key_value_heads"] * architecture.head_dim
     positions = training_tokens(architecture, prompt)
-    return 2 * text["num_hidden_layers"] * positions * channels * _width(mixed)
+    return 2 * text["num_hidden_layers"] * positions * channels * _width(half)
+
+
+def decode_bytes(
+    architecture: Architecture, prompt: int, rank: int, batch: int, *, half: bool = True
+) -> int:
+    """Memory traffic of decoding K − 1 tokens: each step reads the decoder and the caches once.
+
+    Args:
+        architecture: Sizes.
+        prompt: Tokens of the prompt.
+        rank: Of the adapters.
+        batch: Observations decoded together.
+        half: Precision of base and cache.
+    """
+    base, adapters = decoder_parameters(architecture, rank)
+    weights = base * _width(half) + adapters * FLOAT32
+    caches = batch * cache_bytes(architecture, prompt, half=half)
+    return (NUM_TOKENS - 1) * (weights + caches)
+
+
+def working_bytes(architecture: Architecture, tokens: int, *, half: bool = True) -> int:
+    """Passing tensors of one observation in a pass without gradient, at their peak.
+
+    The peak is in the MLP of a decoder layer: nine tensors as wide as the residual stream (ten
+    with the copy for the adapter, in float32) and four as wide as the MLP.
+    """
+    a, copy = _width(half), FLOAT32 * half
+    hidden, inner = architecture.hidden, architecture.text["intermediate_size"]
+    return tokens * (9 * a * hidden + copy * hidden + 4 * a * inner)
 
 
 def saved_bytes(
@@ -86,72 +143,81 @@ def saved_bytes(
     rank: int,
     *,
     checkpointing: bool = False,
-    mixed: bool = True,
-) -> int:
-    """Bytes of one sample's activations that the backward pass needs, at their peak.
+    half: bool = True,
+) -> Activations:
+    """Count what one sample's backward pass needs.
 
-    With checkpointing: the input of every block but the decoder's last, and one block's
-    activations at a time.
+    With activation checkpointing each block keeps its input only, but for the decoder's last layer,
+    which has little to keep.
 
     Args:
         architecture: Sizes.
         prompt: Tokens of the prompt.
         rank: Of the adapters.
         checkpointing: Whether blocks recompute their activations.
-        mixed: Precision.
+        half: Precision.
     """
-    tokens, width = training_tokens(architecture, prompt), _width(mixed)
+    tokens, a = training_tokens(architecture, prompt), _width(half)
     layers = architecture.text["num_hidden_layers"] - 1
-    layer = tokens * _layer_saved(architecture, rank, mixed)
-    blocks = [(tower_tokens(t), t.depth, t.width, _block_saved(t, rank, mixed)) for t in architecture.towers]
-    fixed = _ends_saved(architecture, tokens, rank, mixed)
+    # Of each kind of block: how many there are, the bytes of its input, and of all it keeps.
+    kinds = [
+        (
+            tower.depth,
+            tower_tokens(tower) * a * tower.width,
+            tower_tokens(tower) * _block_saved(tower, rank, half),
+        )
+        for tower in architecture.towers
+    ]
+    layer = tokens * _layer_saved(architecture, rank, half)
+    kinds.append((layers, tokens * a * architecture.hidden, layer))
+    ends = _embedding_saved(architecture, rank, half)
+    ends += _last_layer_saved(architecture, tokens, rank, half)
     if not checkpointing:
-        return fixed + layers * layer + sum(n * depth * each for n, depth, _, each in blocks)
-    inputs = layers * tokens * architecture.hidden * width
-    inputs += sum(n * depth * channels * width for n, depth, channels, _ in blocks)
-    return fixed + inputs + max(layer, *(n * each for n, _, _, each in blocks))
+        return Activations(kept=ends + sum(n * full for n, _, full in kinds), recomputed=0)
+    return Activations(
+        kept=ends + sum(n * given for n, given, _ in kinds),
+        recomputed=max(full for _, _, full in kinds),
+    )
 
 
-def working_bytes(architecture: Architecture, tokens: int, *, mixed: bool = True) -> int:
-    raise NotImplementedError
+def _width(half: bool) -> int:
+    return BFLOAT16 if half else FLOAT32
 
 
-def _width(mixed: bool) -> int:
-    return 2 if mixed else _FLOAT32
-
-
-def _block_saved(tower: Tower, rank: int, mixed: bool) -> int:
+def _block_saved(tower: Tower, rank: int, half: bool) -> int:
     """Bytes per position of a vision block."""
-    a, width, mlp = _width(mixed), tower.width, tower.mlp
-    adapted = tower_block(tower)
-    norms = 2 * (_FLOAT32 * width + 8)
-    attention = a * 4 * width + _FLOAT32 * tower.heads
-    inputs = a * 2 * width
-    if mixed:
-        inputs += a * width * (1 if tower.packed else 3)
-    mlp_ = a * 2 * mlp
-    return norms + attention + inputs + mlp_ + a * rank * len(adapted)
+    a, width, adapted = _width(half), tower.width, tower_block(tower)
+    norms = 2 * (a * width + 2 * FLOAT32)  # inputs, means and deviations
+    attention = a * (width + 4 * width)  # their input; q, k, v and output
+    attention += FLOAT32 * tower.heads  # log-sum-exp
+    mlp = a * (width + 2 * tower.mlp)  # inputs of fc1, GELU and fc2
+    return norms + attention + mlp + a * rank * len(adapted)
 
 
-def _layer_saved(architecture: Architecture, rank: int, mixed: bool) -> int:
+def _layer_saved(architecture: Architecture, rank: int, half: bool) -> int:
     """Bytes per position of a decoder layer."""
-    a, text, hidden = _width(mixed), architecture.text, architecture.hidden
-    pairs = decoder_layer(architecture)
-    queries, shared, inner = pairs["q_proj"][1], pairs["k_proj"][1], text["intermediate_size"]
-    norms = 2 * _FLOAT32 * (hidden + 1)
-    attention = a * 2 * (queries + shared) + _FLOAT32 * text["num_attention_heads"]
-    inputs = a * ((5 * hidden + queries) if mixed else 2 * hidden) + a * inner
-    return norms + attention + inputs + a * 3 * inner + a * rank * len(pairs)
+    a, hidden, pairs = _width(half), architecture.hidden, decoder_layer(architecture)
+    queries, shared = pairs["q_proj"][1], pairs["k_proj"][1]
+    norms = 2 * FLOAT32 * (hidden + 1)  # inputs and 1/root mean squares, in float32
+    attention = a * (hidden + 2 * (queries + shared))  # their input; q, k, v and output
+    attention += FLOAT32 * architecture.text["num_attention_heads"]  # log-sum-exp
+    mlp = a * (hidden + 4 * architecture.text["intermediate_size"])  # gate, SiLU, up, product
+    return norms + attention + mlp + a * rank * len(pairs)
 
 
-def _ends_saved(architecture: Architecture, tokens: int, rank: int, mixed: bool) -> int:
-    """Patch embeddings, projector, last layer and head."""
-    a, hidden = _width(mixed), architecture.hidden
-    patches = architecture.patches
-    pixels = sum(a * patches * (3 * t.patch**2 + rank) for t in architecture.towers)
-    pairs = projector_layers(architecture)
-    proj = a * patches * (sum(i for i, _ in pairs) + sum(o for _, o in pairs[:-1]) + rank * len(pairs))
+def _last_layer_saved(architecture: Architecture, tokens: int, rank: int, half: bool) -> int:
+    """Bytes of the decoder's last layer: keys and values of all positions, the rest of K."""
+    a, hidden = _width(half), architecture.hidden
     shared = decoder_layer(architecture)["k_proj"][1]
-    last = tokens * (_FLOAT32 * (hidden + 1) + a * hidden * (2 if mixed else 1) + a * 2 * shared + 2 * a * rank)
-    last += NUM_TOKENS * _layer_saved(architecture, rank, mixed)
-    return pixels + proj + last
+    norm = FLOAT32 * (hidden + 1) + a * hidden * half  # the selection of positions keeps its input
+    every = norm + a * (hidden + 2 * shared + 2 * rank)
+    return tokens * every + NUM_TOKENS * _layer_saved(architecture, rank, half)
+
+
+def _embedding_saved(architecture: Architecture, rank: int, half: bool) -> int:
+    """Bytes of patch embeddings, whose adapters compute in float32, and projector."""
+    a, pairs = _width(half), projector_layers(architecture)
+    pixels = sum(patch_embedding(tower)[0] + rank for tower in architecture.towers)
+    inputs = sum(inputs for inputs, _ in pairs)
+    bent = sum(outputs for _, outputs in pairs[:-1])  # inputs of the GELUs
+    return architecture.patches * (FLOAT32 * pixels + a * (inputs + bent + rank * len(pairs)))

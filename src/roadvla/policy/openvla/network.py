@@ -7,8 +7,6 @@ rows of the output layer that stand for action bins are ever multiplied.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -91,10 +89,9 @@ class Network(nn.Module):
         columns = lengths.unsqueeze(1) + ahead[:-1]
         fed = F.pad(ids, (0, NUM_TOKENS - 1), value=self.architecture.pad_token_id)
         fed = fed.scatter(1, columns, token_ids(action_tokens[:, :-1]))
-        with self._precision():
-            positions = self._state_positions(lengths).unsqueeze(1) + ahead
-            states, _ = self._run(self._sequence(pixel_values, fed), positions)
-            return self._action_logits(states), self.value_head(states[:, 0])
+        positions = self._state_positions(lengths).unsqueeze(1) + ahead
+        states, _ = self._run(self._sequence(pixel_values, fed), positions)
+        return self._action_logits(states), self.value_head(states[:, 0])
 
     def value_on(
         self,
@@ -104,10 +101,9 @@ class Network(nn.Module):
         head: ValueHead | None = None,
     ) -> Float[Tensor, " B"]:
         """Value alone, by this model's head or another: a prefill without any action token."""
-        with self._precision():
-            positions = self._state_positions(lengths).unsqueeze(1)
-            states, _ = self._run(self._sequence(pixel_values, ids), positions)
-            return (head or self.value_head)(states[:, 0])
+        positions = self._state_positions(lengths).unsqueeze(1)
+        states, _ = self._run(self._sequence(pixel_values, ids), positions)
+        return (head or self.value_head)(states[:, 0])
 
     @torch.no_grad()
     def act_on(
@@ -122,20 +118,19 @@ class Network(nn.Module):
         """Act with prompts that are already padded and random numbers already drawn."""
         if temperature < 0.0:
             raise ValueError(f"temperature is {temperature}; it must be at least 0")
-        with self._precision():
-            position = self._state_positions(lengths).unsqueeze(1)
-            x = self._sequence(pixel_values, ids)
-            states, cache = self._run(x, position, room=NUM_TOKENS - 1)
-            value = self.value_head(states[:, 0])
-            tokens, log_probs, kept = [], [], []
-            for index in range(NUM_TOKENS):
-                if index > 0:
-                    states = self._step(tokens[-1], position + index, cache)
-                scores = self._action_logits(states)[:, 0]
-                token, log_prob = _choose(scores, uniform[:, index], temperature)
-                tokens.append(token)
-                log_probs.append(log_prob)
-                kept.append(scores)
+        position = self._state_positions(lengths).unsqueeze(1)
+        x = self._sequence(pixel_values, ids)
+        states, cache = self._run(x, position, room=NUM_TOKENS - 1)
+        value = self.value_head(states[:, 0])
+        tokens, log_probs, kept = [], [], []
+        for index in range(NUM_TOKENS):
+            if index > 0:
+                states = self._step(tokens[-1], position + index, cache)
+            scores = self._action_logits(states)[:, 0]
+            token, log_prob = _choose(scores, uniform[:, index], temperature)
+            tokens.append(token)
+            log_probs.append(log_prob)
+            kept.append(scores)
         return PolicyOutput(
             action_tokens=torch.stack(tokens, dim=1),
             log_probs=torch.stack(log_probs, dim=1),
@@ -200,21 +195,13 @@ class Network(nn.Module):
         head = self.language_model.lm_head
         adapted = isinstance(head, LoraLayer)
         base = cast("nn.Linear", head.get_base_layer() if adapted else head)
-        with torch.autocast(states.device.type, enabled=False):
-            x = states.float()
-            logits = F.linear(x, base.weight[_ACTION_ROWS].float())
-            for name in head.active_adapters if adapted else ():
-                narrow, wide = head.lora_A[name].weight, head.lora_B[name].weight
-                low = F.linear(x, narrow.float())
-                logits = logits + head.scaling[name] * F.linear(low, wide[_ACTION_ROWS].float())
+        x = states.float()
+        logits = F.linear(x, base.weight[_ACTION_ROWS].float())
+        for name in head.active_adapters if adapted else ():
+            low = F.linear(x, head.lora_A[name].weight)
+            wide = head.lora_B[name].weight[_ACTION_ROWS]
+            logits = logits + head.scaling[name] * F.linear(low, wide)
         return logits.flip(-1)
-
-    @contextmanager
-    def _precision(self) -> Iterator[None]:
-        """On CUDA, let float32 adapters on a bfloat16 base multiply in bfloat16."""
-        mixed = self.device.type == "cuda" and self.dtype == torch.bfloat16
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=mixed):
-            yield
 
 
 def draw_uniform(count: int, generator: torch.Generator | None) -> Float[Tensor, "B K"]:

@@ -75,9 +75,8 @@ class PromptTokenizer:
 
     def _learn(self, instruction: str) -> tuple[int, ...]:
         text = prompt_text(instruction, self.style)
-        ids = [BOS, *self._tokenizer.encode(text, add_special_tokens=False).ids]
-        if ids[-1] != BEFORE_ACTION:
-            ids.append(BEFORE_ACTION)
+        words = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = [BOS, *words, BEFORE_ACTION]
         if len(ids) > self.max_prompt:
             raise UserError(
                 f"instruction {instruction[:40]!r}… makes a prompt of {len(ids)} tokens: the "

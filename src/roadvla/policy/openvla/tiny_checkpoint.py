@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -79,8 +80,11 @@ def write_tiny_checkpoint(
             _move_files(made, folder)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror}): choose another") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{folder} cannot be written ({reason}): make room or choose another folder"
+        ) from error
     return folder
 
 

@@ -29,9 +29,8 @@ class ValueHead(nn.Module):
 
     def forward(self, state: Float[Tensor, "B H"]) -> Float[Tensor, " B"]:
         """Value of each state, in units of return."""
-        with torch.autocast(state.device.type, enabled=False):
-            x = F.gelu(self.head_l1(state.float()))
-            return self.head_l3(F.gelu(self.head_l2(x))).squeeze(-1)
+        x = F.gelu(self.head_l1(state.float()))
+        return self.head_l3(F.gelu(self.head_l2(x))).squeeze(-1)
 
     def load(self, weights: Mapping[str, Tensor], source: str) -> None:
         """Take stored weights.

@@ -1,0 +1,78 @@
+"""What a run is built from: an environment, and a kind of policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import torch
+
+from roadvla import envs
+from roadvla import policy as policies
+from roadvla.envs.base import VectorEnv
+from roadvla.policy.base import Critic, Policy
+from roadvla.policy.settings import OpenVLASettings, PolicyKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a run is built from: exchange them to train another policy in another environment.
+
+    Attributes:
+        make_env: As ``roadvla.envs.make_env``.
+        load_policy: Reads a policy from a folder onto a device.
+        load_backbone: Reads the pretrained policy onto a device.
+        save_policy: Writes a policy into a folder.
+        load_critic: Reads a frozen critic from a folder for a live policy, beside which it lives;
+            ``None`` for ``load_policy`` onto the live one's device.
+    """
+
+    make_env: Callable[..., VectorEnv] = envs.make_env
+    load_policy: Callable[..., Policy] = policies.load_tiny
+    load_backbone: Callable[..., Policy] = policies.load_backbone
+    save_policy: Callable[..., None] = policies.save_policy
+    load_critic: Callable[[Path, Policy], Critic] | None = None
+
+    def critic(self, folder: Path, policy: Policy, device: torch.device) -> Critic:
+        """Read the reference critic of a run whose live policy is on a device."""
+        if self.load_critic is None:
+            return self.load_policy(folder, device)
+        return self.load_critic(folder, policy)
+
+
+def parts_of(policy: PolicyKind, checkpoint: str | None, openvla: OpenVLASettings) -> Parts:
+    """Choose the parts for a kind of policy, in the environments of the package.
+
+    Args:
+        policy: Which kind.
+        checkpoint: Base of an OpenVLA; ``None`` for the one that a folder names.
+        openvla: How an OpenVLA is run and adapted, whatever a folder says.
+
+    Raises:
+        UserError: If packages that the kind needs are not installed.
+    """
+    if policy == "tiny":
+        return Parts()
+    from roadvla.policy.openvla.policy import (
+        OpenVLAPolicy,
+        load_critic,
+        load_openvla,
+        make_openvla,
+        save_openvla,
+    )
+
+    def load(folder: Path, device: torch.device | str) -> Policy:
+        return load_openvla(folder, device, settings=openvla, checkpoint=checkpoint)
+
+    def make(device: torch.device | str) -> Policy:
+        return make_openvla(cast("str", checkpoint), openvla, device)
+
+    def save(live: Policy, folder: Path) -> None:
+        save_openvla(cast("OpenVLAPolicy", live), folder)
+
+    def critic(folder: Path, live: Policy) -> Critic:
+        return load_critic(folder, cast("OpenVLAPolicy", live))
+
+    return Parts(load_policy=load, load_backbone=make, save_policy=save, load_critic=critic)
