@@ -190,13 +190,13 @@ def test_closed_pipe() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_a_preset_without_flags_is_itself(preset: Experiment) -> None:
-    form = form_of(preset, short=("algorithm", "optimizer", "rollout"))
+    form = form_of(preset, short=("algorithm", "optimizer", "rollout", "openvla"))
     assert value_of(Experiment, parse(form, "train", [])) == preset
 
 
 def test_flags_reach_their_settings() -> None:
     preset = PRESETS["tabletop-road"]
-    form = form_of(preset, short=("algorithm", "optimizer", "rollout"))
+    form = form_of(preset, short=("algorithm", "optimizer", "rollout", "openvla"))
     flags = "--seed 3 --eta 0.5 --no-gate --betas 0.8 0.9 --num-envs 32 --evaluation.episodes 16"
     assert value_of(Experiment, parse(form, "train", flags.split())) == replace(
         preset,

@@ -53,7 +53,7 @@ def test_the_demo_preset_is_the_tabletop_s_ppo():
     ],
 )
 def test_the_demo_preset_takes_every_algorithm(flags, changed):
-    form = form_of(get_preset("demo"), short=("algorithm", "optimizer", "rollout"))
+    form = form_of(get_preset("demo"), short=("algorithm", "optimizer", "rollout", "openvla"))
     chosen = value_of(Experiment, parse(form, "train demo", flags.split()))
     chosen.check_complete()
     assert chosen.iterations(24) == 60

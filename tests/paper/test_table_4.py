@@ -40,11 +40,13 @@ TABLE = {
 SETTINGS = {
     "Parallel environments": "rollout.num_envs",
     "Total environment steps": "rollout.total_env_steps",
+    "Rollout inference batch size": "openvla.inference_batch",
     "PPO minibatch size": "optimizer.minibatch",
     "Gradient accumulation steps": "optimizer.accumulation",
     "PPO epochs per rollout": "algorithm.epochs",
     "GAE discount factor (γ)": "algorithm.gamma",
     "GAE λ": "algorithm.lam",
+    "Policy LoRA rank": "openvla.lora_rank",
     "Policy learning rate": "optimizer.learning_rate",
     "Adam β1 / β2": "optimizer.betas",
     "Entropy coefficient": "algorithm.entropy_coef",

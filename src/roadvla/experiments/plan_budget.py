@@ -26,7 +26,7 @@ from roadvla.policy.openvla.memory import (
 )
 
 PROBE = 256
-"""Transitions on which an update measures its KL, before and after, in one pass each."""
+"""Transitions on which an update measures its KL, before and after."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,6 @@ class Memory:
         environment: The simulator's, as stated.
         cache: Keys and values of one observation.
         acting: One observation's passing tensors while acting.
-        probing: All passing tensors of a pass over the KL's transitions.
         sample: One sample of an update: saved activations and passing tensors.
         inference_batch: Observations acted on at once.
         reserve: Left free.
@@ -53,7 +52,6 @@ class Memory:
     environment: int
     cache: int
     acting: int
-    probing: int
     sample: int
     inference_batch: int
     reserve: int
@@ -72,7 +70,7 @@ class Memory:
     @property
     def least(self) -> int:
         """What the run needs at least: with micro-batches of one sample."""
-        return self.fixed + self.reserve + max(self.rollout, self.probing, self.sample)
+        return self.fixed + self.reserve + max(self.rollout, self.sample)
 
     @property
     def fits(self) -> int:
@@ -135,13 +133,13 @@ class Time:
 
 def memory_of(plan: Plan, architecture: Architecture) -> Memory:
     """Count the bytes on each GPU."""
-    rank, prompt, mixed = plan.lora_rank, plan.prompt_tokens, plan.mixed
-    stays = resident(architecture, rank, lm_head=plan.lora_lm_head, mixed=mixed)
+    rank, prompt, half = plan.lora_rank, plan.prompt_tokens, plan.half
+    stays = resident(architecture, rank, lm_head=plan.lora_lm_head, half=half)
     saved = saved_bytes(
-        architecture, prompt, rank, checkpointing=plan.activation_checkpointing, mixed=mixed
+        architecture, prompt, rank, checkpointing=plan.activation_checkpointing, half=half
     )
-    acting = working_bytes(architecture, prefill_tokens(architecture, prompt), mixed=mixed)
-    passing = working_bytes(architecture, training_tokens(architecture, prompt), mixed=mixed)
+    acting = working_bytes(architecture, prefill_tokens(architecture, prompt), half=half)
+    passing = working_bytes(architecture, training_tokens(architecture, prompt), half=half)
     height, width = plan.frame
     share = plan.rollout // plan.gpus
     return Memory(
@@ -149,9 +147,8 @@ def memory_of(plan: Plan, architecture: Architecture) -> Memory:
         reference=stays.adapters,
         frames=share * height * width * 3,
         environment=parse_size(plan.env_memory, "env-memory"),
-        cache=cache_bytes(architecture, prompt, mixed=mixed),
+        cache=cache_bytes(architecture, prompt, half=half),
         acting=acting,
-        probing=min(PROBE, share) * passing,
         sample=saved.peak + passing,
         inference_batch=min(plan.inference_batch, plan.num_envs // plan.gpus),
         reserve=round(plan.reserve * plan.capacity),
@@ -218,7 +215,7 @@ def _decode_seconds(plan: Plan, architecture: Architecture, flops: float) -> flo
     total = 0.0
     for batch in [plan.inference_batch] * full + [rest] * (rest > 0):
         moved = decode_bytes(
-            architecture, plan.prompt_tokens, plan.lora_rank, batch, mixed=plan.mixed
+            architecture, plan.prompt_tokens, plan.lora_rank, batch, half=plan.half
         )
         total += max(moved / (plan.bandwidth * 1e12), batch * flops / (plan.tflops * 1e12))
     return total

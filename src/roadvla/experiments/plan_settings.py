@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 
 from roadvla.errors import UserError
 from roadvla.experiments.presets import ELSEWHERE, PAPER
-from roadvla.policy.settings import OpenVLASettings, Precision
+from roadvla.policy.settings import Precision
 
-_SETTINGS = OpenVLASettings()
 _UNITS = {"gb": 10**9, "gib": 2**30, "tb": 10**12, "tib": 2**40}
 
 
@@ -58,11 +57,11 @@ class Plan:
     prompt_tokens: int = 30
     batch: int = PAPER.optimizer.minibatch * PAPER.optimizer.accumulation
     epochs: int = PAPER.algorithm.epochs
-    lora_rank: int = _SETTINGS.lora_rank
-    lora_lm_head: bool = _SETTINGS.lora_lm_head
-    dtype: Precision = _SETTINGS.dtype
-    inference_batch: int = _SETTINGS.inference_batch
-    activation_checkpointing: bool = _SETTINGS.activation_checkpointing
+    lora_rank: int = PAPER.openvla.lora_rank
+    lora_lm_head: bool = PAPER.openvla.lora_lm_head
+    dtype: Precision = PAPER.openvla.dtype
+    inference_batch: int = PAPER.openvla.inference_batch
+    activation_checkpointing: bool = PAPER.openvla.activation_checkpointing
     reserve: float = 0.08
     env_seconds: float | None = None
     env_memory: str = "0GB"
@@ -97,8 +96,8 @@ class Plan:
         return parse_size(self.gpu, "gpu")
 
     @property
-    def mixed(self) -> bool:
-        """Whether float32 adapters sit on a bfloat16 base."""
+    def half(self) -> bool:
+        """Whether base and activations are bfloat16."""
         return self.dtype == "bfloat16"
 
     @property

@@ -6,7 +6,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from roadvla.experiments.plan_budget import PROBE, Memory, Time
+from roadvla.experiments.plan_budget import Memory, Time
 from roadvla.experiments.plan_settings import Plan
 from roadvla.policy.openvla.architecture import TOWERS, Architecture
 from roadvla.policy.openvla.cost import adapter_parameters, parameters
@@ -82,11 +82,10 @@ def _memory_table(plan: Plan, memory: Memory, chosen: tuple[int, int]) -> Table:
     table.add_row("acting, per observation: KV cache", _gb(memory.cache, 3))
     table.add_row("acting, per observation: passing", _gb(memory.acting, 3))
     table.add_row(f"acting on {memory.inference_batch} observations", _gb(memory.rollout))
-    table.add_row(f"KL of the update, on up to {PROBE}", _gb(memory.probing))
     table.add_row("update, per sample", _gb(memory.sample, 3))
     table.add_row(f"update, micro-batch {chosen[0]}", _gb(chosen[0] * memory.sample))
     table.add_row(f"reserve, {plan.reserve:.0%}", _gb(memory.reserve), end_section=True)
-    used = memory.fixed + max(memory.rollout, memory.probing, chosen[0] * memory.sample)
+    used = memory.fixed + max(memory.rollout, chosen[0] * memory.sample)
     table.add_row("peak, without the reserve", _gb(used))
     return table
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from roadvla.errors import unknown_name
+from roadvla.policy.settings import OpenVLASettings
 from roadvla.train.config import (
     Algorithm,
     EvaluationConfig,
@@ -20,7 +21,10 @@ PAPER = Experiment(
     name="paper",
     sim="maniskill",
     device="cuda",
+    policy="openvla",
+    checkpoint="gen-robot/openvla-7b-rlvla-warmup",
     output="runs/paper",
+    openvla=OpenVLASettings(norm_key="bridge_orig", lora_rank=32, inference_batch=32),
     algorithm=Algorithm(
         algo="road",
         combine="add",
@@ -72,8 +76,6 @@ class Elsewhere:
 
 ELSEWHERE: dict[str, Elsewhere] = {
     "Episode length (steps)": Elsewhere(80, "the simulator's horizon"),
-    "Rollout inference batch size": Elsewhere(32, "the policy splits its batches itself"),
-    "Policy LoRA rank": Elsewhere(32, "the policy, when it is built"),
     "Distillation temperature": Elsewhere(
         1.0, "fixed: teacher and student share the behaviour's logits"
     ),
@@ -99,7 +101,10 @@ TABLETOP_PPO = replace(
     name="tabletop-ppo",
     sim="tabletop",
     device="cpu",
+    policy="tiny",
+    checkpoint=None,
     output="runs/tabletop-ppo",
+    openvla=OpenVLASettings(),
     algorithm=replace(
         PAPER.algorithm, algo="ppo", epochs=3, entropy_coef=0.001, value_only_iterations=2
     ),
@@ -188,6 +193,9 @@ PRESETS: dict[str, Experiment] = {
 _ALL = {
     "sim": "the embedded simulator needs no download",
     "device": "runs on a laptop",
+    "policy": "the small policy learns on a laptop; `--policy openvla` exchanges it",
+    "checkpoint": "the small policy starts from a backbone that the package ships",
+    "openvla.norm_key": "a checkpoint's only action statistics need no name",
     "checkpoint_every": "an iteration takes seconds",
     "algorithm.epochs": "PPO's best of 1, 3 and 5, if within the intervals (`study epochs`)",
     "algorithm.entropy_coef": "the small policy starts at 1.4 nats a token; 0.01 would flatten it",

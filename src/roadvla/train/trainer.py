@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from roadvla import envs
-from roadvla import policy as policies
-from roadvla.envs.base import VectorEnv
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
 from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
-from roadvla.policy.base import Policy
+from roadvla.evaluation.machine import usable_device
+from roadvla.policy.base import Critic
 from roadvla.train.checkpoint import (
     Progress,
     latest_checkpoint,
@@ -30,14 +28,18 @@ from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
 from roadvla.train.guidance import guide
 from roadvla.train.interrupt import Interrupted, catch_interrupts
+from roadvla.train.memory import acting_sizes, loading_sizes, update_sizes, within_memory
 from roadvla.train.metrics import MetricsWriter, Stopwatch, peak_memory, to_floats
+from roadvla.train.parts import Parts, parts_of
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
 from roadvla.train.run_folder import (
+    check_claimable,
     check_critic_trained,
     check_resumable,
     create_run_folder,
     resume_command,
+    sources_of,
 )
 from roadvla.train.serialize import fingerprint
 from roadvla.train.update import make_optimizer, set_learning_rates, update
@@ -48,23 +50,6 @@ _FILMED = 6
 
 class TrainingDivergedError(UserError):
     """A number stopped being finite; the last checkpoint is from before that."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parts:
-    """What a run is built from: exchange them to train another policy in another environment.
-
-    Attributes:
-        make_env: As ``roadvla.envs.make_env``.
-        load_policy: Reads a policy from a folder onto a device.
-        load_backbone: Reads the pretrained policy onto a device.
-        save_policy: Writes a policy into a folder.
-    """
-
-    make_env: Callable[..., VectorEnv] = envs.make_env
-    load_policy: Callable[..., Policy] = policies.load_policy
-    load_backbone: Callable[..., Policy] = policies.load_backbone
-    save_policy: Callable[..., None] = policies.save_policy
 
 
 def train(
@@ -79,7 +64,7 @@ def train(
         experiment: What to do.
         resume: Go on with the run in ``experiment.output``, whose settings must be the same.
         force: Replace a run, a warm-up or a policy that is already there.
-        parts: Environment and policy; those of the package unless given.
+        parts: Environment and policy; the package's, of the experiment's kind, unless given.
 
     Returns:
         The run folder.
@@ -95,7 +80,9 @@ def train(
         checkpoint = None
         if resume:
             checkpoint = latest_checkpoint(check_resumable(experiment) / "checkpoints")
-        trainer = Trainer(experiment, parts or Parts(), checkpoint)
+        else:
+            check_claimable(folder, force=force, sources=sources_of(experiment))
+        trainer = Trainer(experiment, parts, checkpoint)
         if not resume:
             create_run_folder(experiment, force=force)
             begun = True
@@ -149,18 +136,23 @@ class Trainer:
 
     Args:
         experiment: Settings.
-        parts: Environment and policy.
+        parts: Environment and policy; the package's, of the experiment's kind, if ``None``.
         checkpoint: Where to go on; ``None`` to begin.
 
     Raises:
         UserError: If a file does not load, or settings do not fit the environment.
     """
 
-    def __init__(self, experiment: Experiment, parts: Parts, checkpoint: Path | None) -> None:
-        self.experiment, self._parts = experiment, parts
-        self._device = _device(experiment.device)
-        rollout, algorithm = experiment.rollout, experiment.algorithm
-        self._env = parts.make_env(
+    def __init__(
+        self, experiment: Experiment, parts: Parts | None, checkpoint: Path | None
+    ) -> None:
+        self.experiment = experiment
+        self._device = usable_device(experiment.device)
+        rollout = experiment.rollout
+        self._parts = parts or parts_of(
+            experiment.policy, experiment.checkpoint, experiment.openvla
+        )
+        self._env = self._parts.make_env(
             experiment.env,
             split="train",
             num_envs=rollout.num_envs,
@@ -170,7 +162,11 @@ class Trainer:
         )
         self.iterations = experiment.iterations(self._env.horizon)
         _check_minibatch(experiment, self._env.horizon)
-        self.policy = self._load(checkpoint or experiment.init)
+        self._demonstrations: Demonstrations | None = None
+        if experiment.demonstrations is not None:
+            self._demonstrations = load_demonstrations(Path(experiment.demonstrations))
+        # Policies come last: they may take minutes to load.
+        self._load_policies(checkpoint or experiment.init)
         self.optimizer = make_optimizer(self.policy, experiment.optimizer)
         self.generator = torch.Generator(self._device).manual_seed(experiment.seed)
         config = fingerprint(experiment)
@@ -183,14 +179,6 @@ class Trainer:
                     f"start a new run with --init {checkpoint}"
                 )
             restore_optimizer(checkpoint, self.policy, self.optimizer, self.generator)
-        self._reference: Policy | None = None
-        if algorithm.reference_critic is not None:
-            check_critic_trained(Path(algorithm.reference_critic))
-            self._reference = self._load(algorithm.reference_critic)
-            self._share_vision = self._reference.shares_vision(self.policy)
-        self._demonstrations: Demonstrations | None = None
-        if experiment.demonstrations is not None:
-            self._demonstrations = load_demonstrations(Path(experiment.demonstrations))
 
     def iterate(self) -> dict[str, float]:
         """Do one iteration: collect, judge, update and, when it is time, evaluate.
@@ -202,7 +190,7 @@ class Trainer:
         watch = Stopwatch(self._device)
         batch, metrics = self._gather(watch)
         rate = set_learning_rates(self.optimizer, experiment.optimizer, iteration, self.iterations)
-        with watch.phase("update"):
+        with watch.phase("update"), self._within("the update", update_sizes(experiment)):
             metrics |= update(
                 self.policy,
                 self.optimizer,
@@ -241,21 +229,22 @@ class Trainer:
             record: Episodes of each split to film.
         """
         experiment, progress = self.experiment, self.progress
-        results = [
-            evaluate(
-                self.policy,
-                env=experiment.env,
-                split=split,
-                sim=experiment.sim,
-                episodes=episodes,
-                temperature=experiment.evaluation.temperature,
-                num_envs=experiment.rollout.num_envs,
-                device=experiment.device,
-                record=min(record, episodes),
-                make_env=self._parts.make_env,
-            )
-            for split in SPLITS
-        ]
+        with self._within("the evaluation", self._acting):
+            results = [
+                evaluate(
+                    self.policy,
+                    env=experiment.env,
+                    split=split,
+                    sim=experiment.sim,
+                    episodes=episodes,
+                    temperature=experiment.evaluation.temperature,
+                    num_envs=experiment.rollout.num_envs,
+                    device=experiment.device,
+                    record=min(record, episodes),
+                    make_env=self._parts.make_env,
+                )
+                for split in SPLITS
+            ]
         checkpoint = f"checkpoints/iteration_{progress.iteration:06d}"
         train_split, test_split = (
             dataclasses.replace(
@@ -302,7 +291,7 @@ class Trainer:
         ids = training_episode_ids(
             experiment.seed, self.progress.episodes, count, repeats=repeats, device=self._device
         )
-        with watch.phase("rollout"):
+        with watch.phase("rollout"), self._within("the rollout", self._acting):
             rollout = collect(
                 self.policy,
                 self._env,
@@ -317,16 +306,48 @@ class Trainer:
         )
         reference = None
         if self._reference is not None:
-            with watch.phase("reference"):
+            with watch.phase("reference"), self._within("the reference pass", self._acting):
                 reference = reference_values(
                     self._reference, rollout, share_vision=self._share_vision
                 )
         return guide(rollout, algorithm, reference)
 
-    def _load(self, source: Path | str | None) -> Policy:
-        if source is None:
-            return self._parts.load_backbone(self._device)
-        return self._parts.load_policy(policy_folder(Path(source)), self._device)
+    def _load_policies(self, source: Path | str | None) -> None:
+        """Load the live policy and the reference critic; cheap checks come first."""
+        experiment, critic = self.experiment, self.experiment.algorithm.reference_critic
+        folder = None if source is None else policy_folder(Path(source))
+        if critic is not None:
+            check_critic_trained(Path(critic))
+        sizes = loading_sizes(experiment.device, experiment.policy, experiment.openvla)
+        with within_memory("loading the policy", *sizes):
+            self.policy = (
+                self._parts.load_backbone(self._device)
+                if folder is None
+                else self._parts.load_policy(folder, self._device)
+            )
+            self._reference: Critic | None = None
+            if critic is not None:
+                self._reference = self._parts.critic(
+                    policy_folder(Path(critic)), self.policy, self._device
+                )
+                self._share_vision = self._reference.shares_vision(self.policy)
+
+    @property
+    def _acting(self) -> tuple[str, list[str]]:
+        experiment = self.experiment
+        return acting_sizes(experiment.rollout.num_envs, experiment.policy, experiment.openvla)
+
+    @contextmanager
+    def _within(self, work: str, sizes: tuple[str, Sequence[str]]) -> Iterator[None]:
+        """Explain it if memory runs out, and name the checkpoint to go on from."""
+        with within_memory(work, *sizes, kept=self._kept):
+            yield
+
+    def _kept(self) -> str:
+        found = latest_checkpoint(Path(self.experiment.output) / "checkpoints")
+        if found is None:
+            return "there is no checkpoint yet"
+        return f"the last checkpoint is {found}: go on from it with --init and another --output"
 
     def _refuse_divergence(self, metrics: dict[str, float]) -> None:
         for name, value in metrics.items():
@@ -352,16 +373,6 @@ def _evaluation_metrics(results: tuple[Evaluation, ...]) -> dict[str, float]:
         }
         metrics |= {f"eval/{result.split}/{name}": value for name, value in numbers.items()}
     return metrics
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UserError(f"unknown device {name!r}: use 'cpu' or 'cuda'") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device {name!r} is not available here: use --device cpu")
-    return device
 
 
 def _check_minibatch(experiment: Experiment, horizon: int) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -100,25 +102,20 @@ def update(
         action over a random part of the batch.
     """
     count, device = len(batch.action_tokens), batch.action_tokens.device
-    probe = select(batch, torch.randperm(count, generator=generator, device=device)[:_PROBE])
-    before = _log_probs(policy, probe, temperature)
-    totals = _Means()
-    for _ in range(algorithm.epochs):
-        order = torch.randperm(count, generator=generator, device=device)
-        for group in _split(order, settings.minibatch * settings.accumulation):
-            optimizer.zero_grad(set_to_none=True)
-            kl = _accumulate(
-                policy, batch, group, algorithm, settings.minibatch, temperature, value_only, totals
+    probe = torch.randperm(count, generator=generator, device=device)[:_PROBE]
+    if value_only:
+        with _frozen(policy):
+            metrics = _pass_over(
+                policy, optimizer, batch, algorithm, settings, temperature, generator, True
             )
-            if algorithm.kl_stop is not None and float(kl) > algorithm.kl_stop:
-                break
-            totals.add("loss/grad_norm", _step(policy, optimizer, settings, value_only), 1)
-        else:
-            continue
-        break
-    after = _log_probs(policy, probe, temperature)
+        return {**metrics, "policy/kl": torch.zeros((), device=device)}
+    before = _log_probs(policy, batch, probe, settings.minibatch, temperature)
+    metrics = _pass_over(
+        policy, optimizer, batch, algorithm, settings, temperature, generator, False
+    )
+    after = _log_probs(policy, batch, probe, settings.minibatch, temperature)
     moved = (before.exp() * (before - after)).sum(-1).sum(-1).mean()
-    return {**totals.means(), "policy/kl": moved}
+    return {**metrics, "policy/kl": moved}
 
 
 def losses(
@@ -181,6 +178,44 @@ def select(batch: Batch, index: Int[Tensor, " n"]) -> Batch:
         weight=batch.weight[index],
         logits=None if batch.logits is None else batch.logits[index],
     )
+
+
+@contextmanager
+def _frozen(policy: Policy) -> Iterator[None]:
+    """Let only the value head learn, so that nothing is kept for a backward pass of the rest."""
+    parameters = list(policy.policy_parameters())
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def _pass_over(
+    policy: Policy,
+    optimizer: torch.optim.Optimizer,
+    batch: Batch,
+    algorithm: Algorithm,
+    settings: Optimizer,
+    temperature: float,
+    generator: torch.Generator | None,
+    value_only: bool,
+) -> dict[str, Tensor]:
+    """Take the optimiser's steps, epoch after epoch, and return the means over minibatches."""
+    count, device, totals = len(batch.action_tokens), batch.action_tokens.device, _Means()
+    for _ in range(algorithm.epochs):
+        order = torch.randperm(count, generator=generator, device=device)
+        for group in _split(order, settings.minibatch * settings.accumulation):
+            optimizer.zero_grad(set_to_none=True)
+            kl = _accumulate(
+                policy, batch, group, algorithm, settings.minibatch, temperature, value_only, totals
+            )
+            if algorithm.kl_stop is not None and float(kl) > algorithm.kl_stop:
+                return totals.means()
+            totals.add("loss/grad_norm", _step(optimizer, settings), 1)
+    return totals.means()
 
 
 def _policy_loss(
@@ -256,12 +291,7 @@ def _accumulate(
     return kl
 
 
-def _step(
-    policy: Policy, optimizer: torch.optim.Optimizer, settings: Optimizer, value_only: bool
-) -> Tensor:
-    if value_only:
-        for parameter in policy.policy_parameters():
-            parameter.grad = None
+def _step(optimizer: torch.optim.Optimizer, settings: Optimizer) -> Tensor:
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
     optimizer.step()
@@ -269,9 +299,13 @@ def _step(
 
 
 @torch.no_grad()
-def _log_probs(policy: Policy, batch: Batch, temperature: float) -> Float[Tensor, "n K V"]:
-    logits, _ = policy.evaluate(batch.observation, batch.action_tokens)
-    return (logits.float() / temperature).log_softmax(-1)
+def _log_probs(
+    policy: Policy, batch: Batch, index: Int[Tensor, " n"], minibatch: int, temperature: float
+) -> Float[Tensor, "n K V"]:
+    """Evaluate some transitions in passes no larger than the update's own."""
+    parts = [select(batch, part) for part in _split(index, minibatch)]
+    logits = [policy.evaluate(part.observation, part.action_tokens)[0] for part in parts]
+    return (torch.cat(logits) / temperature).log_softmax(-1)
 
 
 def _split(index: Tensor, size: int) -> tuple[Tensor, ...]:

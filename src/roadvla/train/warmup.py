@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -15,11 +15,16 @@ from torch import Tensor
 from roadvla.envs.base import VectorEnv
 from roadvla.envs.tabletop import TabletopEnv, expert
 from roadvla.errors import UserError
+from roadvla.evaluation.machine import usable_device
 from roadvla.policy.base import Policy
+from roadvla.policy.settings import OpenVLASettings, PolicyKind
 from roadvla.train.checkpoint import policy_folder
+from roadvla.train.checks import check_choices, check_policy
 from roadvla.train.config import Algorithm, Optimizer
 from roadvla.train.demonstrations import Demonstrations, save_demonstrations
+from roadvla.train.memory import learning_sizes, loading_sizes, within_memory
 from roadvla.train.metrics import to_floats
+from roadvla.train.parts import Parts, parts_of
 from roadvla.train.primitives import grid
 from roadvla.train.progress import Display
 from roadvla.train.run_folder import (
@@ -32,8 +37,9 @@ from roadvla.train.run_folder import (
     clear_folder,
     write_json,
 )
-from roadvla.train.trainer import Parts, TrainingDivergedError
-from roadvla.train.update import losses, make_optimizer, schedule_factor
+from roadvla.train.trainer import TrainingDivergedError
+from roadvla.train.update import losses, make_optimizer, schedule_factor, select
+from roadvla.types import Batch
 
 _FIRST_ID = 500_000  # evaluation counts from 0, training from 1,000,000
 
@@ -49,7 +55,11 @@ class WarmUp:
         sim: Simulator.
         seed: Decides episodes, the expert's noise and the minibatches.
         device: Where policy and environments live.
-        init: Policy to start from; ``None`` for the pretrained backbone.
+        policy: ``tiny``, the small VLA that comes with the package, or ``openvla``.
+        checkpoint: OpenVLA in HF format: a folder or the hub's ``owner/name``; ``None`` for the one
+            that ``init`` was trained on.
+        init: Policy to start from; ``None`` for the pretrained backbone, or fresh adapters on
+            ``checkpoint``.
         output: Folder for the policy and the demonstrations.
         episodes: Successful demonstrations to collect.
         gain: Range of the expert's gain, drawn once per episode.
@@ -58,13 +68,17 @@ class WarmUp:
         tail: Steps kept after the first success.
         steps: Optimiser steps.
         batch: Demonstrated steps in each.
+        minibatch: Demonstrated steps per forward and backward pass; ``None`` for the whole batch.
         learning_rate: Peak of a cosine.
+        openvla: How an OpenVLA is run and adapted.
     """
 
     env: str = "VR-UnseenTable"
     sim: str = "tabletop"
     seed: int = 0
     device: str = "cpu"
+    policy: PolicyKind = "tiny"
+    checkpoint: str | None = None
     init: str | None = None
     output: str = "runs/warmup"
     episodes: int = 140
@@ -74,13 +88,18 @@ class WarmUp:
     tail: int = 6
     steps: int = 110
     batch: int = 128
+    minibatch: int | None = None
     learning_rate: float = 6e-4
+    openvla: OpenVLASettings = field(default_factory=OpenVLASettings)
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
-        for name in ("episodes", "levels", "steps", "batch"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")
+        """Refuse values out of range and settings that contradict each other."""
+        check_choices(self)
+        check_policy(self)
+        for name in ("episodes", "levels", "steps", "batch", "minibatch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value}: at least 1 is needed")
         if self.seed < 0 or self.tail < 0:
             raise UserError(f"seed is {self.seed}, tail {self.tail}: expected 0 or more")
         if not 0 < self.gain[0] <= self.gain[1] <= 1:
@@ -109,7 +128,7 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
     Args:
         settings: What to collect and how to learn from it.
         force: Replace a warm-up, a policy or a run that is already there.
-        parts: Environment and policy; those of the package unless given.
+        parts: Environment and policy; the package's, of the settings' kind, unless given.
 
     Returns:
         The folder: a policy to pass as ``init``, ``demonstrations.safetensors``, the settings in
@@ -118,15 +137,21 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
     Raises:
         UserError: If the folder is taken or cannot be written, or the expert fails too often.
     """
-    parts, folder = parts or Parts(), Path(settings.output)
-    check_claimable(folder, force=force, sources=(settings.init,))
-    if settings.init is None:
-        policy = parts.load_backbone(settings.device)
-    else:
-        policy = parts.load_policy(policy_folder(Path(settings.init)), settings.device)
+    folder, sources = Path(settings.output), (settings.init, settings.checkpoint)
+    check_claimable(folder, force=force, sources=sources)
+    usable_device(settings.device)
+    parts = parts or parts_of(settings.policy, settings.checkpoint, settings.openvla)
+    init = None if settings.init is None else policy_folder(Path(settings.init))
+    sizes = loading_sizes(settings.device, settings.policy, settings.openvla)
+    with within_memory("loading the policy", *sizes):
+        if init is None:
+            policy = parts.load_backbone(settings.device)
+        else:
+            policy = parts.load_policy(init, settings.device)
     demonstrations = collect_demonstrations(settings, parts=parts)
-    history = warm_up(policy, demonstrations, settings)
-    claim_folder(folder, force=force, sources=(settings.init,))
+    with within_memory("the warm-up", *_sizes(settings)):
+        history = warm_up(policy, demonstrations, settings)
+    claim_folder(folder, force=force, sources=sources)
     try:
         config = {"name": "warm-up", **asdict(settings), **about(settings.device)}
         # The settings say whose the rest is; the policy comes last and says that it is complete.
@@ -197,6 +222,8 @@ def warm_up(
 ) -> list[dict[str, float]]:
     """Fine-tune the policy on demonstrations, in place (Eq. 1).
 
+    A step's gradient is that of the mean over its batch, however it is split into passes.
+
     Returns:
         Loss (nats per token) and accuracy, averaged over each tenth of the steps.
 
@@ -215,12 +242,10 @@ def warm_up(
             factor = schedule_factor(rates, step, settings.steps, warmup=0)
             optimizer.param_groups[0]["lr"] = settings.learning_rate * factor
             batch = demonstrations.sample(policy, settings.batch, generator)
-            loss, part = losses(policy, batch, algorithm, temperature=1.0, value_only=False)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            window.append(_accumulate(policy, batch, algorithm, settings.minibatch))
             torch.nn.utils.clip_grad_norm_(parameters, rates.grad_clip)
             optimizer.step()
-            window.append(part)
             if (step + 1) % every == 0 or step + 1 == settings.steps:
                 history.append({"step": float(step + 1), **_averages(window)})
                 window = []
@@ -253,6 +278,30 @@ def _demonstrate(
         length = int(success[:, b].int().argmax()) + 1 + settings.tail
         found.append((image[b, :length], action[b, :length], instructions[b]))
     return found
+
+
+def _accumulate(
+    policy: Policy, batch: Batch, algorithm: Algorithm, minibatch: int | None
+) -> dict[str, Tensor]:
+    """Add up the gradient of the batch's mean loss, pass by pass, and return the loss's parts."""
+    count, means = len(batch.action_tokens), {}
+    index = torch.arange(count, device=batch.action_tokens.device)
+    for rows in index.tensor_split(math.ceil(count / (minibatch or count))):
+        part = batch if len(rows) == count else select(batch, rows)
+        loss, numbers = losses(policy, part, algorithm, temperature=1.0, value_only=False)
+        share = len(rows) / count
+        (loss * share).backward()
+        for name, value in numbers.items():
+            means[name] = means.get(name, 0.0) + value * share
+    return means
+
+
+def _sizes(settings: WarmUp) -> tuple[str, list[str]]:
+    """Describe the warm-up's passes with gradient, and name smaller ones."""
+    size = min(settings.minibatch or settings.batch, settings.batch)
+    smaller = [f"--minibatch {size // 2}"] if size > 1 else []
+    described = f"minibatch {size} of batch {settings.batch}"
+    return learning_sizes(described, smaller, settings.policy, settings.openvla)
 
 
 def _averages(window: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -290,13 +290,16 @@ def test_damaged_statistics(tmp_path: Path, content: str) -> None:
 class Harmful:
     """Leaves a mark if it is ever unpickled."""
 
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
     def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
-        return eval, ("open('/tmp/roadvla-unpickled', 'w')",)
+        return eval, (f"open({str(self.mark)!r}, 'w')",)
 
 
 def test_training_state_that_would_run_code(tmp_path: Path) -> None:
-    mark = Path("/tmp/roadvla-unpickled")
-    torch.save({"vh": HEAD, "more": Harmful()}, tmp_path / "training_state.pt")
+    mark = tmp_path / "mark"
+    torch.save({"vh": HEAD, "more": Harmful(mark)}, tmp_path / "training_state.pt")
     text = message(lambda: read_value_head(tmp_path))
     assert "without running code" in text
     assert "save_file" in text

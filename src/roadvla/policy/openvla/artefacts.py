@@ -181,7 +181,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1:
         raise UserError(f"{path} has r {rank!r}, expected a whole number above 0: copy it again")
-    if type(alpha) not in (int, float) or not 0 < float(alpha) < math.inf:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise UserError(
             f"{path} has lora_alpha {alpha!r}, expected a number above 0: copy it again"
         )

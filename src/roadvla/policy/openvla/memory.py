@@ -1,9 +1,8 @@
 """Bytes an OpenVLA run needs, from the network's sizes alone (docs/cost.md derives each formula).
 
 What autograd keeps is listed block by block, as the native network saves it: the base is frozen, so
-a linear layer's input is kept for its adapter only. ``half`` means a bfloat16 base with float32
-adapters under autocast, where every adapter keeps a bfloat16 copy of its input; otherwise all is
-float32, and layers side by side share one input.
+a linear layer's input is kept for its adapter only, once for all layers that read it. ``half``
+means that base and activations are bfloat16; otherwise everything is float32.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ class Resident:
         adapters: LoRA and value head, float32.
         gradients: Of those.
         moments: AdamW's two per parameter.
-        casts: The adapters in bfloat16, which autocast makes and the backward pass needs.
+        casts: Copies of the adapters in bfloat16, which the backward pass needs.
     """
 
     base: int
@@ -118,7 +117,7 @@ def decode_bytes(
         prompt: Tokens of the prompt.
         rank: Of the adapters.
         batch: Observations decoded together.
-        half: Precision of base and cache.
+        half: Precision.
     """
     base, adapters = decoder_parameters(architecture, rank)
     weights = base * _width(half) + adapters * FLOAT32
@@ -129,12 +128,11 @@ def decode_bytes(
 def working_bytes(architecture: Architecture, tokens: int, *, half: bool = True) -> int:
     """Passing tensors of one observation in a pass without gradient, at their peak.
 
-    The peak is in the MLP of a decoder layer: nine tensors as wide as the residual stream (ten
-    with the copy for the adapter, in float32) and four as wide as the MLP.
+    The peak is in the MLP of a decoder layer, when nine tensors as wide as the residual stream and
+    three as wide as the MLP are alive.
     """
-    a, copy = _width(half), FLOAT32 * half
     hidden, inner = architecture.hidden, architecture.text["intermediate_size"]
-    return tokens * (9 * a * hidden + copy * hidden + 4 * a * inner)
+    return tokens * _width(half) * (9 * hidden + 3 * inner)
 
 
 def saved_bytes(

@@ -196,4 +196,4 @@ def first_line(error: Exception) -> str:
 
 def _bytes(tensor: Tensor) -> memoryview:
     """View a contiguous tensor's memory."""
-    return memoryview(tensor.flatten().view(torch.uint8).numpy())
+    return tensor.flatten().view(torch.uint8).numpy().data
