@@ -58,9 +58,9 @@ clean:
 	find src tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Each stamp says what .venv holds; a larger set satisfies the smaller ones.
-.venv/installed-core: PACKAGE = .
-.venv/installed-test: PACKAGE = .[test]
-.venv/installed-dev: PACKAGE = .[test,dev]
+.venv/installed-core: PACKAGE = .[openvla]
+.venv/installed-test: PACKAGE = .[openvla,test]
+.venv/installed-dev: PACKAGE = .[openvla,test,dev]
 
 .venv/installed-core: $(BIN)/python $(INPUTS)
 	$(install)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from roadvla.envs.base import VectorEnv
 
 Split = Literal["train", "test"]
+Precision = Literal["bfloat16", "float32"]
 
 
 def pretrain(arguments: list[str]) -> None:
@@ -55,7 +56,11 @@ def warmup(arguments: list[str]) -> None:
     from roadvla.experiments.stages import continued_by
     from roadvla.train.warmup import WarmUp, run_warm_up
 
-    form = form_of(WarmUp(), force=(bool, False, "Replace the warm-up in the output folder."))
+    form = form_of(
+        WarmUp(),
+        short=("openvla",),
+        force=(bool, False, "Replace the warm-up in the output folder."),
+    )
     chosen = parse(form, "warmup", arguments)
     with continued_by(shlex.join(["roadvla", "warmup", *arguments])):
         print(run_warm_up(value_of(WarmUp, chosen), force=chosen.force))
@@ -81,7 +86,12 @@ def train(arguments: list[str]) -> None:
         raise UserError(f"{name!r} stands where the preset should: roadvla train PRESET [flags]")
     form = form_of(
         get_preset(name),
-        short=("algorithm", "optimizer", "rollout"),  # evaluation has a temperature of its own
+        short=(
+            "openvla",
+            "algorithm",
+            "optimizer",
+            "rollout",
+        ),  # evaluation has a temperature of its own
         resume=(bool, False, "Continue the run in the output folder, started with these flags."),
         force=(bool, False, "Replace the run in the output folder."),
     )
@@ -89,63 +99,13 @@ def train(arguments: list[str]) -> None:
     print(run(value_of(Experiment, chosen), resume=chosen.resume, force=chosen.force))
 
 
-def evaluate(
-    checkpoint: tyro.conf.Positional[Path],
-    *,
-    env: str,
-    split: Annotated[Split, tyro.conf.arg(name="set")] = "test",
-    episodes: int = 512,
-    temperature: float = 0.6,
-    record: int = 0,
-    output: Path | None = None,
-    force: bool = False,
-    device: str = "cpu",
-) -> None:
-    """Measure a policy's success on numbered episodes, the same for every policy.
+def evaluate(arguments: list[str]) -> None:
+    """Measure a policy's success on numbered episodes, the same for every policy."""
+    from roadvla.experiments.measure import Measurement, measure
 
-    Args:
-        checkpoint: Policy folder, checkpoint, or run folder (its latest checkpoint).
-        env: Setting of Table 3.
-        split: Its training set (in distribution) or its test set (out of distribution).
-        episodes: How many; ids 0, 1, 2, …
-        temperature: Of the action sampling; 0 is greedy.
-        record: Keep the frames of this many episodes; if it was filmed before, of no fewer.
-        output: Folder for the result; CHECKPOINT/evaluation unless given.
-        force: Replace an earlier result of more episodes, another temperature or iteration.
-        device: Where policy and environments live.
-    """
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from roadvla import envs
-    from roadvla.evaluation.evaluate import evaluate as run
-    from roadvla.evaluation.files import count_filmed, write_evaluation
-    from roadvla.experiments.stages import attribute
-    from roadvla.policy import load_policy
-    from roadvla.train.checkpoint import policy_folder
-
-    folder, results = policy_folder(checkpoint), output or checkpoint / "evaluation"
-    policy, env = load_policy(folder, device=device), envs.setting(env).alias
-    if not force:
-        _refuse_loss(folder, results, env, split, episodes, temperature)
-    # The earlier film goes with its numbers, so it is made again.
-    record = max(record, min(count_filmed(results, env, split), episodes))
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"{env} {split}", total=episodes)
-        result = run(
-            policy,
-            env=env,
-            split=split,
-            episodes=episodes,
-            temperature=temperature,
-            device=device,
-            record=record,
-            on_progress=lambda done, _: progress.update(task, completed=done),
-        )
-    result = attribute(result, folder, base=None if output else checkpoint)
-    path = write_evaluation(result, results)
-    print(f"{env} {split}, {episodes} episodes, temperature {temperature:g}")
+    result, path = measure(parse(Measurement, "eval", arguments))
+    print(f"{result.env} {result.split}, {result.episodes} episodes, ", end="")
+    print(f"temperature {result.temperature:g}")
     low, high = 100 * result.success_low, 100 * result.success_high
     print(
         f"  success at the last step  {100 * result.success_rate:5.1f} %  ({low:.1f} to {high:.1f})"
@@ -155,23 +115,55 @@ def evaluate(
     print(path)
 
 
-def _refuse_loss(
-    policy: Path, results: Path, env: str, split: str, episodes: int, temperature: float
-) -> None:
-    """Refuse to replace an evaluation by one that does not repeat or extend it."""
-    from roadvla.evaluation.files import evaluation_path, find_evaluation, lost_by
-    from roadvla.experiments.stages import trained
+def plan(arguments: list[str]) -> None:
+    """Tell what a run of OpenVLA needs and takes, before it is started."""
+    from roadvla.experiments.plan import run
+    from roadvla.experiments.plan_settings import Plan
 
-    found = find_evaluation(results, env, split)
-    if found is None:
-        return
-    iteration, _ = trained(policy)
-    lost = lost_by(found, episodes=episodes, temperature=temperature, iteration=iteration)
-    if lost:
-        raise UserError(
-            f"{evaluation_path(results, env, split)} holds an evaluation of {lost}: choose another "
-            f"--output or pass --force to replace it"
-        )
+    run(value_of(Plan, parse(form_of(Plan()), "plan", arguments)))
+
+
+def export(
+    source: tyro.conf.Positional[Path],
+    *,
+    to: Path,
+    checkpoint: str | None = None,
+    dtype: Precision | None = None,
+    force: bool = False,
+) -> None:
+    """Merge an OpenVLA run's adapters into its base: a checkpoint in HF format.
+
+    Args:
+        source: Run, checkpoint of one, warm-up, or RL4VLA adapter.
+        to: Folder to write.
+        checkpoint: The base, if it is elsewhere than SOURCE says.
+        dtype: Of all weights; as the base stores them unless given.
+        force: Replace what is in the folder.
+    """
+    from roadvla.policy import policy_kind
+    from roadvla.train.checkpoint import policy_folder
+
+    folder = policy_folder(source)
+    if policy_kind(folder) != "openvla":
+        raise UserError(f"{folder} holds a tiny policy: only those of OpenVLA can be exported")
+    from roadvla.policy.openvla.export import export_checkpoint
+
+    print(export_checkpoint(folder, to, checkpoint=checkpoint, dtype=dtype, force=force))
+
+
+def make_tiny_openvla(
+    folder: tyro.conf.Positional[Path], *, seed: int = 0, force: bool = False
+) -> None:
+    """Write a small random OpenVLA checkpoint, complete, to try commands on.
+
+    Args:
+        folder: Where; empty unless --force.
+        seed: Of the weights.
+        force: Replace the checkpoint in the folder.
+    """
+    from roadvla.policy.openvla.tiny_checkpoint import write_tiny_checkpoint
+
+    print(write_tiny_checkpoint(folder, seed=seed, force=force))
 
 
 def report(
@@ -268,6 +260,8 @@ _CONFIGURED: dict[str, Callable[[list[str]], None]] = {
     "pretrain": pretrain,
     "warmup": warmup,
     "train": train,
+    "eval": evaluate,
+    "plan": plan,
 }
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -277,6 +271,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "report": report,
     "study": study,
+    "plan": plan,
+    "export": export,
+    "make-tiny-openvla": make_tiny_openvla,
     "check-env": check_env,
 }
 
@@ -309,7 +306,7 @@ def _dispatch(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help"):
         print("usage: roadvla COMMAND [flags]; roadvla COMMAND --help lists the flags\n")
         for name, command in _COMMANDS.items():
-            print(f"  {name:<10} {(command.__doc__ or '').splitlines()[0]}")
+            print(f"  {name:<17} {(command.__doc__ or '').splitlines()[0]}")
         return
     name, *flags = arguments
     if name == "--version":

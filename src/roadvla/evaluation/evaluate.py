@@ -156,7 +156,7 @@ def evaluate(
         UserError: If there is no such setting, split or simulator, or a number is out of range.
     """
     num_envs = min(num_envs, episodes)
-    _check(split, episodes, temperature, num_envs, seed, record)
+    check_request(split, episodes, temperature, num_envs, seed=seed, record=record)
     if make_env is None:
         env, make_env = envs.setting(env).alias, envs.make_env
     begun = time.perf_counter()
@@ -259,9 +259,22 @@ def _join(films: list[Film]) -> Film | None:
     )
 
 
-def _check(
-    split: str, episodes: int, temperature: float, num_envs: int, seed: int, record: int
+def check_request(
+    split: str, episodes: int, temperature: float, num_envs: int, *, seed: int, record: int
 ) -> None:
+    """Refuse an evaluation whose numbers are out of range.
+
+    Args:
+        split: As ``evaluate``'s, like the rest.
+        episodes: At least 1.
+        temperature: At least 0.
+        num_envs: At least 1.
+        seed: At least 0.
+        record: At most ``episodes``.
+
+    Raises:
+        UserError: If one is.
+    """
     if split not in SPLITS:
         raise UserError(f"unknown split {split!r}: use 'train' or 'test'")
     if episodes < 1:

@@ -87,13 +87,14 @@ def _too_small(plan: Plan, architecture: Architecture) -> UserError:
             best = eased
         if memory_of(best, architecture).fits:
             break
-    said = f"--gpu {plan.gpu} is too small: a micro-batch of 1 needs {_gb(plan, architecture)}"
+    said = f"--gpu {plan.gpu} is too small: with a micro-batch of 1 the run needs "
+    said += _gb(plan, architecture)
     if not flags:
         return UserError(f"{said}, and no flag lowers it: take a larger GPU")
     outcome = f"{_gb(best, architecture)} with {' '.join(flags)}"
     if memory_of(best, architecture).fits:
-        return UserError(f"{said}, but only {outcome}: add that")
-    return UserError(f"{said}, and at least {outcome}: take a larger GPU")
+        return UserError(f"{said}, but only {outcome}")
+    return UserError(f"{said}, and still {outcome}: take a larger GPU")
 
 
 def _easings(plan: Plan) -> Iterator[tuple[str, Plan]]:

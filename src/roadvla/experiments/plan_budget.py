@@ -12,9 +12,9 @@ from roadvla.policy.openvla.cost import (
     decode_flops,
     prefill_flops,
     prefill_tokens,
-    recomputed_flops,
     training_flops,
     training_tokens,
+    update_flops,
 )
 from roadvla.policy.openvla.memory import (
     Resident,
@@ -177,10 +177,11 @@ def time_of(plan: Plan, architecture: Architecture) -> Time:
     share = plan.rollout // plan.gpus
     prefill = prefill_flops(architecture, prompt, rank).forward
     decode = decode_flops(architecture, prompt, rank).forward
-    forward = training_flops(architecture, prompt, rank)
-    again = recomputed_flops(architecture, prompt, rank) * plan.activation_checkpointing
-    update = plan.epochs * (forward.forward + forward.backward + again)
-    probe = 2 * min(PROBE, share) * forward.forward / share
+    forward = training_flops(architecture, prompt, rank).forward
+    update = plan.epochs * update_flops(
+        architecture, prompt, rank, checkpointing=plan.activation_checkpointing
+    )
+    probe = 2 * min(PROBE, share) * forward / share
     decoding = _decode_seconds(plan, architecture, decode)
 
     def compute(name: str, flops: float) -> Piece:

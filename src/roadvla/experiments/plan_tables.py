@@ -64,7 +64,7 @@ def _parameter_table(plan: Plan, architecture: Architecture) -> Table:
 
 def _memory_table(plan: Plan, memory: Memory, chosen: tuple[int, int]) -> Table:
     stays = memory.resident
-    table = _table(f"Memory of each GPU, of {_gb(memory.capacity)} GB", "", "GB")
+    table = _table(f"Memory of each GPU, of {memory.capacity / 1e9:.4g} GB", "", "GB")
     rows = [
         (f"frozen base, {plan.dtype}", stays.base),
         ("adapters and value head, float32", stays.adapters),
@@ -79,10 +79,10 @@ def _memory_table(plan: Plan, memory: Memory, chosen: tuple[int, int]) -> Table:
         if size:
             table.add_row(name, _gb(size))
     table.add_row("fixed", _gb(memory.fixed), end_section=True)
-    table.add_row("acting, per observation: KV cache", _gb(memory.cache, 3))
-    table.add_row("acting, per observation: passing", _gb(memory.acting, 3))
+    table.add_row("acting, per observation: KV cache", _gb(memory.cache))
+    table.add_row("acting, per observation: passing", _gb(memory.acting))
     table.add_row(f"acting on {memory.inference_batch} observations", _gb(memory.rollout))
-    table.add_row("update, per sample", _gb(memory.sample, 3))
+    table.add_row("update, per sample", _gb(memory.sample))
     table.add_row(f"update, micro-batch {chosen[0]}", _gb(chosen[0] * memory.sample))
     table.add_row(f"reserve, {plan.reserve:.0%}", _gb(memory.reserve), end_section=True)
     used = memory.fixed + max(memory.rollout, chosen[0] * memory.sample)
@@ -96,7 +96,7 @@ def _time_table(plan: Plan, time: Time) -> Table:
     table = _table(title, "", "TFLOP", "at 100 %", f"at {100 * plan.mfu:g} %")
     for piece in (*time.ppo, time.reference):
         name = piece.name + " (ROAD only)" * (piece is time.reference)
-        cells = [f"{piece.flops / 1e12:.2f}", f"{piece.seconds:.1f}"]
+        cells = [f"{piece.flops / 1e12:.3f}", f"{piece.seconds:.1f}"]
         table.add_row(name, *cells, f"{piece.seconds / plan.mfu:.1f}")
     waited = "?" if plan.env_seconds is None else f"{time.environment:.1f}"
     table.add_row("environment", "", waited, waited, end_section=True)
@@ -148,5 +148,5 @@ def _table(title: str, *columns: str) -> Table:
     return table
 
 
-def _gb(size: int, digits: int = 2) -> str:
-    return f"{size / 1e9:.{digits}f}"
+def _gb(size: int) -> str:
+    return f"{size / 1e9:.3f}"

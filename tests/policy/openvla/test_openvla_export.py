@@ -327,6 +327,25 @@ def test_a_failure_in_the_middle_leaves_what_was_there(
     assert read_all(out).keys() == make_tensors().keys()
 
 
+def test_a_failure_to_move_the_new_folder_puts_the_old_one_back(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "earlier").write_text("mine")
+    real = Path.rename
+
+    def rename(self: Path, target: Path) -> Path:
+        if self.name == ".out.partial":
+            raise OSError(5, "Input/output error")
+        return real(self, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    assert "Input/output" in message(lambda: export_checkpoint(run, out, force=True))
+    assert tree(out) == {"earlier": b"mine"}
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "run", "out"}
+
+
 def test_what_an_export_left_that_was_killed_is_no_hindrance(run: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "model.safetensors").write_text("half")

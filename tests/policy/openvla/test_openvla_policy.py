@@ -13,8 +13,10 @@ from torch import Tensor
 
 from roadvla.errors import UserError
 from roadvla.policy.base import Policy
+from roadvla.policy.openvla import OpenVLA
 from roadvla.policy.openvla.adapters import adapted_modules, attach
 from roadvla.policy.openvla.architecture import Architecture, Tower
+from roadvla.policy.openvla.export import export_checkpoint
 from roadvla.policy.openvla.network import Network
 from roadvla.policy.openvla.policy import (
     OpenVLAPolicy,
@@ -161,6 +163,40 @@ def test_critic_shares_the_base_and_leaves_the_policy_alone(
     assert policy.give().modules.keys() == other.give().modules.keys()
     base = {name for name in after if "base_layer" in name}
     assert base == {name for name in before if "base_layer" in name}
+
+
+def test_exported_is_the_same_policy(
+    policy: OpenVLAPolicy, observation: Observation, tmp_path: Path
+) -> None:
+    """Merged into the base in float32: the oracle of every adapter's place, scale and transpose."""
+    disturb(policy)
+    save_openvla(policy, tmp_path / "saved")
+    merged = export_checkpoint(tmp_path / "saved", tmp_path / "merged", dtype="float32")
+    exported = OpenVLA.from_pretrained(merged, dtype=torch.float32)
+    tokens = torch.randint(0, 256, (5, 7))
+    logits, value = policy.evaluate(observation, tokens)
+    wanted, wanted_value = exported.evaluate_on(*policy._inputs(observation), tokens)
+    torch.testing.assert_close(logits, wanted, atol=3e-5, rtol=1e-5)
+    torch.testing.assert_close(value, wanted_value, atol=3e-5, rtol=1e-5)
+    bare, _ = make_openvla(policy.model.checkpoint.source, SETTINGS).evaluate(observation, tokens)  # type: ignore[union-attr]
+    assert (bare - logits).abs().max() > 1.0
+    again = export_checkpoint(tmp_path / "saved", tmp_path / "again", dtype="float32")
+    for name in ("model.safetensors", "config.json", "value_head.safetensors"):
+        assert (again / name).read_bytes() == (merged / name).read_bytes()
+
+
+def test_the_base_is_found_from_elsewhere(
+    policy: OpenVLAPolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = Path(policy.model.checkpoint.source)  # type: ignore[union-attr]
+    monkeypatch.chdir(checkpoint.parent)
+    save_openvla(make_openvla(checkpoint.name, SETTINGS), tmp_path / "saved")
+    monkeypatch.chdir(tmp_path)
+    assert load_openvla(tmp_path / "saved").model.checkpoint is not None
+    shutil.copytree(checkpoint, tmp_path / "copy")
+    moved = load_openvla(tmp_path / "saved", checkpoint="copy")
+    assert moved.model.checkpoint is not None
+    assert moved.model.checkpoint.source == "copy"
 
 
 def test_rank_and_layers_must_agree(policy: OpenVLAPolicy, tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from roadvla.policy.openvla.adapters import (
     switched,
 )
 from roadvla.policy.openvla.artefacts import Adapter
+from roadvla.policy.openvla.checkpoint import locator
 from roadvla.policy.openvla.model import OpenVLA
 from roadvla.policy.openvla.network import draw_uniform
 from roadvla.policy.openvla.value_head import ValueHead
@@ -160,7 +161,7 @@ class OpenVLAPolicy(nn.Module):
             rank=self.settings.lora_rank,
             alpha=float(self.settings.lora_alpha),
             modules=adapter_weights(self.model, _LIVE),
-            base=None if checkpoint is None else checkpoint.source,
+            base=None if checkpoint is None else locator(checkpoint),
             value_head={
                 name: weight.detach().cpu().clone()
                 for name, weight in self.model.value_head.state_dict().items()

@@ -81,7 +81,7 @@ def read_adapter(folder: Path) -> Adapter:
         modules=_read_modules(folder, config["r"]),
         base=config.get("base_model_name_or_path") or None,
         value_head=read_value_head(folder),
-        norm_stats=_read_statistics(folder),
+        norm_stats=read_statistics(folder),
     )
 
 
@@ -272,7 +272,12 @@ def _read_training_state(path: Path) -> object:
     return state["vh"]
 
 
-def _read_statistics(folder: Path) -> dict[str, Any] | None:
+def read_statistics(folder: Path) -> dict[str, Any] | None:
+    """Read ``dataset_statistics.json``, which fine-tuned runs carry; ``None`` without one.
+
+    Raises:
+        UserError: If it is damaged.
+    """
     path = folder / STATISTICS_NAME
     if not path.is_file():
         return None

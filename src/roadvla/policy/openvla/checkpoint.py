@@ -113,6 +113,11 @@ def fingerprint(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()
 
 
+def locator(checkpoint: Checkpoint) -> str:
+    """Name a checkpoint so that it is found from any directory: hub id, or absolute path."""
+    return checkpoint.source if checkpoint.on_hub else str(checkpoint.folder.resolve())
+
+
 def weight_files(checkpoint: Checkpoint) -> list[Path]:
     """List the safetensors files that hold the weights, by name."""
     return sorted(set(checkpoint.files.values()))

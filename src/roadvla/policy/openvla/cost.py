@@ -100,9 +100,9 @@ class Flops:
         attention: Scores and mixing.
     """
 
-    base: float
-    adapters: float
-    attention: float
+    base: int
+    adapters: int
+    attention: int
 
     def __add__(self, other: Flops) -> Flops:
         """Both, one after the other."""
@@ -112,12 +112,12 @@ class Flops:
             self.attention + other.attention,
         )
 
-    def __mul__(self, times: float) -> Flops:
+    def __mul__(self, times: int) -> Flops:
         """The same this many times."""
         return Flops(self.base * times, self.adapters * times, self.attention * times)
 
     @property
-    def forward(self) -> float:
+    def forward(self) -> int:
         """The pass itself."""
         return self.base + self.adapters + self.attention
 
@@ -205,7 +205,7 @@ def decode_flops(architecture: Architecture, prompt: int, rank: int) -> Flops:
     """The other K − 1 action tokens, one at a time, over a cache of fixed length."""
     seen = training_tokens(architecture, prompt)
     layer = _linear(decoder_layer(architecture).values(), rank)
-    attended = Flops(0.0, 0.0, 4.0 * _attention_width(architecture) * seen)
+    attended = Flops(0, 0, 4 * _attention_width(architecture) * seen)
     step = (layer + attended) * architecture.text["num_hidden_layers"]
     return (step + _head_flops(architecture, rank)) * (NUM_TOKENS - 1)
 
@@ -216,7 +216,27 @@ def training_flops(architecture: Architecture, prompt: int, rank: int) -> Flops:
     return vision_flops(architecture, rank) + decoder_flops(architecture, tokens, NUM_TOKENS, rank)
 
 
-def recomputed_flops(architecture: Architecture, prompt: int, rank: int) -> float:
+def update_flops(
+    architecture: Architecture, prompt: int, rank: int, *, checkpointing: bool = False
+) -> float:
+    """Forward and backward pass of one sample; nothing needs the gradient of the pixels.
+
+    Args:
+        architecture: Sizes.
+        prompt: Tokens of the prompt.
+        rank: Of the adapters.
+        checkpointing: Whether blocks recompute their activations.
+    """
+    passes = training_flops(architecture, prompt, rank)
+    pixels = sum(
+        2 * tower.patches * patch_embedding(tower)[0] * (tower.width + rank)
+        for tower in architecture.towers
+    )
+    again = recomputed_flops(architecture, prompt, rank) if checkpointing else 0
+    return passes.forward + passes.backward - pixels + again
+
+
+def recomputed_flops(architecture: Architecture, prompt: int, rank: int) -> int:
     """What activation checkpointing computes again: all blocks but the decoder's last."""
     tokens = training_tokens(architecture, prompt)
     towers = sum((_tower_flops(tower, rank) for tower in architecture.towers), Flops(0, 0, 0))
@@ -244,7 +264,7 @@ def decoder_flops(architecture: Architecture, tokens: int, read: int, rank: int)
     """
     layers = decoder_layer(architecture)
     shared = [layers.pop("k_proj"), layers.pop("v_proj")]
-    attended = Flops(0.0, 0.0, 4.0 * _attention_width(architecture) * tokens * read)
+    attended = Flops(0, 0, 4 * _attention_width(architecture) * tokens * read)
     last = _linear(shared, rank) * tokens + _linear(layers.values(), rank) * read + attended
     full = _layer_flops(architecture, tokens, rank)
     head = _head_flops(architecture, rank) * read
@@ -331,21 +351,21 @@ def _pooling(tower: Tower) -> list[Pair]:
 def _linear(pairs: Iterable[Pair], rank: int) -> Flops:
     """Per position."""
     pairs = list(pairs)
-    adapters = 2.0 * rank * sum(inputs + outputs for inputs, outputs in pairs)
-    return Flops(2.0 * _weights(pairs), adapters, 0.0)
+    adapters = 2 * rank * sum(inputs + outputs for inputs, outputs in pairs)
+    return Flops(2 * _weights(pairs), adapters, 0)
 
 
 def _tower_flops(tower: Tower, rank: int) -> Flops:
     """All blocks of a tower that are run."""
     tokens = tower_tokens(tower)
-    attended = Flops(0.0, 0.0, 4.0 * tower.width * tokens**2)
+    attended = Flops(0, 0, 4 * tower.width * tokens**2)
     return (_linear(tower_block(tower), rank) * tokens + attended) * tower.depth
 
 
 def _layer_flops(architecture: Architecture, tokens: int, rank: int) -> Flops:
     """A decoder layer at all positions; causal attention computes half of the scores."""
-    pairs = tokens * (tokens + 1) / 2
-    attended = Flops(0.0, 0.0, 4.0 * _attention_width(architecture) * pairs)
+    pairs = tokens * (tokens + 1) // 2
+    attended = Flops(0, 0, 4 * _attention_width(architecture) * pairs)
     return _linear(decoder_layer(architecture).values(), rank) * tokens + attended
 
 

@@ -124,30 +124,18 @@ def export_checkpoint(
         raise UserError(f"dtype is {dtype!r}: use 'bfloat16' or 'float32'")
     if shard_bytes < 1:
         raise UserError(f"shard_bytes is {shard_bytes}: at least 1 is needed")
-    description = read_description(policy_folder) if policy_folder.is_dir() else None
     adapter = read_adapter(policy_folder)
-    source = checkpoint or (description or {}).get("checkpoint") or adapter.base
-    if source is None:
-        raise UserError(
-            f"{policy_folder} does not name the checkpoint it adapts: pass --checkpoint"
-        )
-    base = open_checkpoint(str(source))
-    if description is not None and description.get("fingerprint") != fingerprint(base):
-        raise UserError(
-            f"{policy_folder} adapts {description.get('checkpoint')!r}, whose weights are not "
-            f"those of {base.source!r}: pass the --checkpoint it was trained on"
-        )
+    base = _open_base(policy_folder, adapter, checkpoint)
     _check_target(to, (policy_folder, base.folder), force)
-    stored = {
-        name: tensor
-        for path in weight_files(base)
-        for name, tensor in read_header(path).items()
-        if base.files[name] == path
-    }
     job = _Merge(
         base=base,
         adapter=adapter,
-        stored=stored,
+        stored={
+            name: tensor
+            for path in weight_files(base)
+            for name, tensor in read_header(path).items()
+            if base.files[name] == path
+        },
         dtype=None if dtype is None else _DTYPES[dtype],
     )
     _check_fit(job, policy_folder)
@@ -171,6 +159,20 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """
     product = (b.flatten(1).float() @ a.flatten(1).float()).reshape(weight.shape)
     return weight.float() + scale * product
+
+
+def _open_base(folder: Path, adapter: Adapter, checkpoint: str | None) -> Checkpoint:
+    description = read_description(folder)
+    source = checkpoint or (description or {}).get("checkpoint") or adapter.base
+    if source is None:
+        raise UserError(f"{folder} does not name the checkpoint it adapts: pass --checkpoint")
+    base = open_checkpoint(str(source))
+    if description is not None and description.get("fingerprint") != fingerprint(base):
+        raise UserError(
+            f"{folder} adapts {description.get('checkpoint')!r}, whose weights are not those of "
+            f"{base.source!r}: pass the --checkpoint it was trained on"
+        )
+    return base
 
 
 def _check_target(to: Path, sources: tuple[Path, ...], force: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from roadvla.errors import UserError, unknown_name
 from roadvla.policy.action_tokens import NUM_TOKENS, NormStats, decode_bins
 from roadvla.policy.openvla.architecture import Architecture, read_architecture
-from roadvla.policy.openvla.artefacts import read_value_head
+from roadvla.policy.openvla.artefacts import read_statistics, read_value_head
 from roadvla.policy.openvla.checkpoint import Checkpoint, load_weights, open_checkpoint
 from roadvla.policy.openvla.network import Network, draw_uniform
 from roadvla.policy.openvla.preprocess import (
@@ -52,7 +53,9 @@ class OpenVLA(Network):
         dtype: torch.dtype = torch.bfloat16,
         device: torch.device | str = "cpu",
     ) -> OpenVLA:
-        """Load an HF-format checkpoint; a ``value_head.safetensors`` beside it is loaded too.
+        """Load an HF-format checkpoint, and the value head beside it if there is one.
+
+        A ``dataset_statistics.json`` in the folder replaces the configuration's ``norm_stats``.
 
         Args:
             path: Folder, or the hub's ``owner/name``.
@@ -66,6 +69,9 @@ class OpenVLA(Network):
         architecture = read_architecture(
             checkpoint.config, checkpoint.shapes, str(checkpoint.folder / "config.json")
         )
+        statistics = read_statistics(checkpoint.folder)
+        if statistics is not None:
+            architecture = replace(architecture, norm_stats=statistics)
         with torch.device("meta"):
             model = cls(architecture, checkpoint)
         head = ValueHead(architecture.hidden)

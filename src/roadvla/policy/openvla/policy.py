@@ -20,7 +20,7 @@ from roadvla.errors import UserError
 from roadvla.policy.openvla.adapted import OpenVLAPolicy, ReferenceCritic
 from roadvla.policy.openvla.adapters import LM_HEAD
 from roadvla.policy.openvla.artefacts import Adapter, read_adapter, write_adapter
-from roadvla.policy.openvla.checkpoint import fingerprint
+from roadvla.policy.openvla.checkpoint import fingerprint, locator
 from roadvla.policy.openvla.model import OpenVLA
 from roadvla.policy.settings import OpenVLASettings
 
@@ -120,7 +120,7 @@ def save_openvla(policy: OpenVLAPolicy, folder: Path) -> None:
     description = {
         "format": FORMAT,
         "kind": "openvla",
-        "checkpoint": checkpoint.source,
+        "checkpoint": locator(checkpoint),
         "fingerprint": fingerprint(checkpoint),
         "settings": asdict(policy.settings),
         "sha256": {name: _sha256(folder / name) for name in _HASHED},

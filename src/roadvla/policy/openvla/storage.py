@@ -129,7 +129,7 @@ def write_safetensors(
             tensor = produce(name)
             if (tensor.dtype, tuple(tensor.shape)) != layout[name]:
                 raise ValueError(f"{name} is {tensor.dtype} {tensor.shape}, not {layout[name]}")
-            file.write(_bytes(tensor.contiguous()))
+            file.write(_bytes(tensor))
         file.flush()
         os.fsync(file.fileno())
 
@@ -195,5 +195,5 @@ def first_line(error: Exception) -> str:
 
 
 def _bytes(tensor: Tensor) -> memoryview:
-    """View a contiguous tensor's memory."""
+    """View a tensor's memory, or that of a copy if it is not contiguous."""
     return tensor.flatten().view(torch.uint8).numpy().data
