@@ -132,11 +132,15 @@ def test_working_bytes_are_the_peak_of_a_pass_without_gradient(half: bool) -> No
     with torch.no_grad():
         passing = (peak(evaluate(6)) - peak(evaluate(2))) / 4
         acting = (peak(act(6)) - peak(act(2))) / 4
+    # The tests' shape checks hold on to the decoder's input, which is free otherwise.
+    held = architecture.hidden * (2 if half else 4)
     whole = training_tokens(architecture, PROMPT)
-    assert passing == pytest.approx(working_bytes(architecture, whole, half=half), rel=0.01)
-    expected = working_bytes(architecture, prefill_tokens(architecture, PROMPT), half=half)
+    expected = working_bytes(architecture, whole, half=half) + whole * held
+    assert passing == pytest.approx(expected, rel=0.01)
+    image_and_prompt = prefill_tokens(architecture, PROMPT)
+    expected = working_bytes(architecture, image_and_prompt, half=half) + image_and_prompt * held
     expected += cache_bytes(architecture, PROMPT, half=half)
-    assert acting == pytest.approx(expected, rel=0.05)
+    assert acting == pytest.approx(expected, rel=0.02)
 
 
 @HALF

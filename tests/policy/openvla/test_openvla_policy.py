@@ -117,6 +117,30 @@ def test_acting_does_not_depend_on_the_split(
     assert policy.act(observation, temperature=0.0, keep_logits=True).logits is not None
 
 
+def test_padding_is_inert(policy: OpenVLAPolicy) -> None:
+    texts = ["put carrot on plate", "put red ball on blue plate"]
+    image = torch.randint(0, 256, (2, 64, 64, 3), dtype=torch.uint8)
+    tokens = torch.randint(0, 256, (2, 7))
+    logits, value = policy.evaluate(Observation(image, policy.tokenize(texts)), tokens)
+    for row, text in enumerate(texts):
+        one = slice(row, row + 1)
+        alone = Observation(image[one], policy.tokenize([text]))
+        wanted, wanted_value = policy.evaluate(alone, tokens[one])
+        torch.testing.assert_close(logits[one], wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(value[one], wanted_value, atol=1e-5, rtol=1e-5)
+
+
+def test_a_fresh_value_head(policy: OpenVLAPolicy, checkpoint: str) -> None:
+    head = dict(policy.model.value_head.named_parameters())
+    for name, weight in head.items():
+        if name.endswith("bias"):
+            assert not weight.any()
+        else:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.2)
+    again = make_openvla(checkpoint, SETTINGS).model.value_head
+    assert all(torch.equal(head[name], weight) for name, weight in again.named_parameters())
+
+
 def test_saved_and_loaded(policy: OpenVLAPolicy, observation: Observation, tmp_path: Path) -> None:
     disturb(policy)
     save_openvla(policy, tmp_path / "saved")
