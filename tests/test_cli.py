@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -22,7 +23,9 @@ from roadvla.evaluation.files import film_path, read_evaluation, read_film, writ
 from roadvla.experiments.presets import PRESETS
 from roadvla.flags import form_of, parse, value_of
 from roadvla.policy import TinyVLA, save_policy
+from roadvla.policy.settings import OpenVLASettings
 from roadvla.train.config import Experiment
+from roadvla.train.warmup import WarmUp
 
 Run = Callable[..., str]
 
@@ -88,6 +91,21 @@ def _roadvla(*arguments: object, **more: str) -> subprocess.CompletedProcess[str
         ("eval {policy} --env VR-UnseenTabel", "did you mean 'VR-UnseenTable'?"),
         ("eval {policy} --env VR-UnseenTable --set tset", "did you mean 'test'?"),
         ("eval {policy} --env VR-UnseenTable --episodes 0", "episodes is 0"),
+        ("eval {policy} --env VR-UnseenTable --device cuda:9", "is not available here"),
+        ("eval {policy} --env VR-UnseenTable --dtype float32", "would not be used by the tiny"),
+        ("eval {policy} --env VR-UnseenTable --checkpoint x", "would not be used by the tiny"),
+        ("eval {policy} --env VR-UnseenTable --policy openvla", "pass --policy tiny"),
+        ("eval --env VR-UnseenTable", "no policy is named"),
+        ("eval --env VR-UnseenTable --policy tiny --checkpoint x", "pass --policy openvla"),
+        ("train debug --policy openvla --output {tmp}/run", "pass --checkpoint"),
+        ("train debug --checkpoint x --output {tmp}/run", "would not be used by policy 'tiny'"),
+        ("train debug --lora-rank 8 --output {tmp}/run", "would not be used by policy 'tiny'"),
+        ("warmup --policy openvla --output {tmp}/run", "pass --checkpoint"),
+        ("warmup --device cuda:9 --output {tmp}/run", "is not available here"),
+        ("export {policy} --to {tmp}/run", "only those of OpenVLA can be exported"),
+        ("export {tmp}/none --to {tmp}/run", "none is not a folder"),
+        ("make-tiny-openvla {policy}", "is not empty"),
+        ("plan --gpus 0", "gpus"),
         ("check-env VR-DynamicNose", "did you mean 'VR-DynamicNoise'?"),
         ("check-env nowhere:make", "No module named 'nowhere'"),
         ("report", "no run is named"),
@@ -206,6 +224,39 @@ def test_flags_reach_their_settings() -> None:
         rollout=replace(preset.rollout, num_envs=32),
         evaluation=replace(preset.evaluation, episodes=16),
     )
+
+
+def test_openvla_s_flags_reach_their_settings() -> None:
+    flags = "--policy openvla --checkpoint a/b --norm-key bridge_orig --dtype float32 --lora-rank 8"
+    more = "--lora-alpha 4 --no-lora-lm-head --preprocess pil --inference-batch 5 --compile"
+    settings = OpenVLASettings(
+        norm_key="bridge_orig",
+        dtype="float32",
+        lora_rank=8,
+        lora_alpha=4,
+        lora_lm_head=False,
+        preprocess="pil",
+        inference_batch=5,
+        activation_checkpointing=True,
+        compile=True,
+    )
+    given = [*flags.split(), *more.split(), "--activation-checkpointing"]
+    preset = PRESETS["tabletop-road"]
+    form = form_of(preset, short=("algorithm", "optimizer", "rollout", "openvla"))
+    chosen = {"policy": "openvla", "checkpoint": "a/b", "openvla": settings}
+    assert value_of(Experiment, parse(form, "train", given)) == replace(preset, **chosen)
+    form = form_of(WarmUp(), short=("openvla",))
+    assert value_of(WarmUp, parse(form, "warmup", given)) == WarmUp(**chosen)
+
+
+@pytest.mark.parametrize("command", ["", *cli._COMMANDS])
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [command] * bool(command) + ["--help"]
+    with contextlib.suppress(SystemExit):
+        assert cli.main(arguments) == 0
+    shown = capsys.readouterr()
+    assert "usage" in shown.out.lower()
+    assert not shown.err
 
 
 def test_eval(policy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

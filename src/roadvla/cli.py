@@ -124,7 +124,7 @@ def plan(arguments: list[str]) -> None:
 
 
 def export(
-    source: tyro.conf.Positional[Path],
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]],
     *,
     to: Path,
     checkpoint: str | None = None,

@@ -19,6 +19,8 @@ from roadvla.policy import (
     TinyVLA,
     load_backbone,
     load_policy,
+    load_tiny,
+    policy_kind,
     save_policy,
     weights,
 )
@@ -222,3 +224,17 @@ def test_backbone_comes_from_its_folder(
     monkeypatch.setattr(weights, "BACKBONE_FOLDER", tmp_path / "none")
     with pytest.raises(UserError, match="roadvla pretrain"):
         load_backbone()
+
+
+def test_the_kind_of_a_folder(folder: Path, tmp_path: Path) -> None:
+    assert policy_kind(folder) == "tiny"
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    assert policy_kind(adapter) == "openvla"
+    (adapter / "policy.json").write_text('{"format": 1, "kind": "openvla"}')
+    assert policy_kind(adapter) == "openvla"
+    with pytest.raises(UserError, match="holds a policy of kind 'openvla': pass --policy openvla"):
+        load_tiny(adapter)
+    with pytest.raises(UserError, match="no policy at"):
+        policy_kind(tmp_path / "nowhere")

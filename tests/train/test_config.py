@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
 from roadvla.errors import UserError
+from roadvla.policy.settings import OpenVLASettings
 from roadvla.train.config import (
     Algorithm,
     EvaluationConfig,
@@ -14,6 +16,7 @@ from roadvla.train.config import (
     RolloutConfig,
 )
 from roadvla.train.serialize import difference, fingerprint, from_dict, to_dict
+from roadvla.train.warmup import WarmUp
 
 
 @pytest.mark.usefixtures("unchecked")
@@ -91,6 +94,33 @@ def test_contradictory_algorithms_are_refused_in_one_line(settings, says):
 def test_values_out_of_range_are_refused(kind, settings):
     with pytest.raises(UserError, match=r"^[^\n]*$"):
         kind(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"checkpoint": "base"}, "checkpoint 'base' would not be used by policy 'tiny'"),
+        ({"openvla": OpenVLASettings(lora_rank=8)}, "lora_rank 8 would not be used by policy"),
+        ({"policy": "openvla"}, "pass --checkpoint"),
+        ({"policy": "openvla", "init": "runs/warmup"}, ""),
+        ({"policy": "openvla", "checkpoint": "a/b", "openvla": OpenVLASettings(lora_rank=8)}, ""),
+    ],
+)
+@pytest.mark.parametrize("kind", [partial(Experiment, name="x"), WarmUp])
+def test_a_policy_s_settings_must_fit_it(kind, settings, says):
+    if not says:
+        assert kind(**settings).policy == "openvla"
+        return
+    with pytest.raises(UserError, match=r"^[^\n]*$") as error:
+        kind(**settings)
+    assert says in str(error.value)
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize("kind", [partial(Experiment, name="x"), WarmUp])
+def test_an_unknown_policy_is_refused(kind):
+    with pytest.raises(UserError, match="did you mean 'openvla'"):
+        kind(policy="openvlaa", checkpoint="x")
 
 
 def test_boundaries_are_accepted():

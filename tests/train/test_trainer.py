@@ -316,6 +316,15 @@ def test_a_run_is_never_overwritten_unless_forced(tmp_path):
     assert (folder / "notes.txt").read_text() == "mine"
 
 
+def test_a_taken_folder_is_refused_before_a_policy_is_loaded(tmp_path):
+    def forbidden(device):
+        raise AssertionError("refused before any work")
+
+    save_table(TablePolicy(), tmp_path / "run")
+    with pytest.raises(UserError, match="already holds a warm-up or another policy"):
+        run(tmp_path / "run", parts=replace(PARTS, load_backbone=forbidden))
+
+
 def test_force_does_not_remove_what_the_run_needs(tmp_path):
     folder = run(tmp_path / "run")
     with pytest.raises(UserError, match="would remove"):

@@ -177,10 +177,12 @@ def test_the_trunk_stays_even_where_the_value_depends_on_it(monkeypatch):
     def value_from_trunk(self, observation, action_tokens):
         colour = self._colour(observation)
         logits = torch.einsum("nc,ckv->nkv", colour, self.table)
+        assert not logits.requires_grad  # nothing is kept for a backward pass through the trunk
         return logits, colour @ self.value_head + logits.mean((1, 2))
 
     monkeypatch.setattr(TablePolicy, "evaluate", value_from_trunk)
     alone, _ = train_once(make_batch(), Algorithm(), value_only=True)
+    assert all(parameter.requires_grad for parameter in alone.parameters())
     assert torch.equal(alone.table, TablePolicy().table)
     assert not torch.equal(alone.value_head, TablePolicy().value_head)
 
@@ -243,6 +245,23 @@ def test_every_epoch_uses_every_transition_once(count, minibatch, accumulation, 
     assert flat[:count] != flat[count:]
     assert max(map(len, seen)) <= minibatch
     assert steps == 2 * -(-count // (minibatch * accumulation))
+
+
+def test_no_pass_is_larger_than_the_minibatch_the_kl_s_included(monkeypatch):
+    real, sizes = TablePolicy.evaluate, []
+
+    def evaluate(self, observation, action_tokens):
+        sizes.append(len(action_tokens))
+        return real(self, observation, action_tokens)
+
+    monkeypatch.setattr(TablePolicy, "evaluate", evaluate)
+    settings = Optimizer(minibatch=8, accumulation=3)
+    train_once(make_batch(30), Algorithm(), settings=settings)
+    # Before, the update, after: 30 in four parts, two groups of 15 in two, 30 in four.
+    assert sizes == [8, 8, 7, 7, 8, 7, 8, 7, 8, 8, 7, 7]
+    sizes.clear()
+    train_once(make_batch(30), Algorithm(), settings=settings, value_only=True)
+    assert sizes == [8, 7, 8, 7]
 
 
 def test_minibatches_follow_the_generator():

@@ -151,6 +151,29 @@ def test_warming_up_is_repeatable():
     assert torch.equal(first.table, second.table)
 
 
+@pytest.mark.parametrize("minibatch", [1, 5, 32, 100])
+def test_passes_of_any_size_make_the_same_steps(minibatch):
+    whole, parts = TablePolicy(), TablePolicy()
+    history = warm_up(whole, collected(), SETTINGS)
+    split = warm_up(parts, collected(), replace(SETTINGS, minibatch=minibatch))
+    torch.testing.assert_close(parts.table, whole.table, atol=1e-4, rtol=0)
+    assert split[-1]["loss/total"] == pytest.approx(history[-1]["loss/total"], abs=1e-4)
+    if minibatch >= SETTINGS.batch:
+        assert torch.equal(parts.table, whole.table)
+
+
+def test_no_pass_is_larger_than_the_minibatch(monkeypatch):
+    real, sizes = TablePolicy.evaluate, []
+
+    def evaluate(self, observation, action_tokens):
+        sizes.append(len(action_tokens))
+        return real(self, observation, action_tokens)
+
+    monkeypatch.setattr(TablePolicy, "evaluate", evaluate)
+    warm_up(TablePolicy(), collected(), replace(SETTINGS, steps=2, minibatch=12))
+    assert sizes == [11, 11, 10] * 2
+
+
 def test_a_warm_up_that_explodes_is_stopped():
     with pytest.raises(trainers.TrainingDivergedError, match="lower --learning-rate"):
         warm_up(TablePolicy(), collected(), replace(SETTINGS, learning_rate=1e38, steps=10))
@@ -268,6 +291,7 @@ def test_the_policy_comes_last_and_a_full_disk_leaves_nothing_half_done(quick):
         {"episodes": 0},
         {"steps": 0},
         {"batch": 0},
+        {"minibatch": 0},
         {"levels": 0},
         {"seed": -1},
         {"tail": -1},

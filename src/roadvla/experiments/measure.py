@@ -59,7 +59,7 @@ class Measurement:
         compile: Compile an OpenVLA's blocks with ``torch.compile``.
     """
 
-    source: tyro.conf.Positional[Path | None] = None
+    source: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="SOURCE")]] = None
     env: str
     split: Annotated[Literal["train", "test"], tyro.conf.arg(name="set")] = "test"
     episodes: int = 512

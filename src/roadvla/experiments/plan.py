@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -78,41 +80,42 @@ def architecture_of(plan: Plan) -> Architecture:
 
 
 def _too_small(plan: Plan, architecture: Architecture) -> UserError:
-    """Name the least change that makes the run fit, or the least memory that it takes."""
-    flags: list[str] = []
-    best = plan
-    for flag, eased in _easings(plan):
-        if _needed(eased, architecture) < _needed(best, architecture):
-            flags.append(flag)
-            best = eased
-        if memory_of(best, architecture).fits:
-            break
-    said = f"--gpu {plan.gpu} is too small: with a micro-batch of 1 the run needs "
-    said += _gb(plan, architecture)
-    if not flags:
+    """Name the fewest flags that make the run fit, or the least memory that it takes."""
+    needs = _gb(plan, architecture)
+    said = f"--gpu {plan.gpu} is too small: with a micro-batch of 1 the run needs {needs}"
+    easings = _easings(plan)
+    for count in range(1, len(easings) + 1):
+        for flags in combinations(easings, count):
+            eased = _eased(plan, [easings[flag] for flag in flags])
+            if memory_of(eased, architecture).fits:
+                least = _gb(eased, architecture)
+                return UserError(f"{said}, but only {least} with {' '.join(flags)}")
+    least = _gb(_eased(plan, easings.values()), architecture)
+    if least == needs:
         return UserError(f"{said}, and no flag lowers it: take a larger GPU")
-    outcome = f"{_gb(best, architecture)} with {' '.join(flags)}"
-    if memory_of(best, architecture).fits:
-        return UserError(f"{said}, but only {outcome}")
-    return UserError(f"{said}, and still {outcome}: take a larger GPU")
+    return UserError(f"{said}, and still {least} with {' '.join(easings)}: take a larger GPU")
 
 
-def _easings(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Flags that save memory, each on top of those before, and the plan with them."""
-    plan = replace(plan, activation_checkpointing=True)
-    yield "--activation-checkpointing", plan
-    plan = replace(plan, inference_batch=min(_ACTING, plan.inference_batch))
-    yield f"--inference-batch {plan.inference_batch}", plan
-    plan = replace(plan, lora_rank=min(_RANK, plan.lora_rank))
-    yield f"--lora-rank {plan.lora_rank}", plan
+def _easings(plan: Plan) -> dict[str, dict[str, Any]]:
+    """Flags that save memory, the mildest first, and what they set."""
+    easings: dict[str, dict[str, Any]] = {}
+    if not plan.activation_checkpointing:
+        easings["--activation-checkpointing"] = {"activation_checkpointing": True}
+    if plan.inference_batch > _ACTING:
+        easings[f"--inference-batch {_ACTING}"] = {"inference_batch": _ACTING}
+    if plan.lora_rank > _RANK:
+        easings[f"--lora-rank {_RANK}"] = {"lora_rank": _RANK}
+    return easings
 
 
-def _needed(plan: Plan, architecture: Architecture) -> int:
-    """Bytes that the run needs at least, without the reserve."""
-    memory = memory_of(plan, architecture)
-    return memory.least - memory.reserve
+def _eased(plan: Plan, changes: Iterable[dict[str, Any]]) -> Plan:
+    for change in changes:
+        plan = replace(plan, **change)
+    return plan
 
 
 def _gb(plan: Plan, architecture: Architecture) -> str:
-    """The same with the reserve, as the size of the GPU that would do."""
-    return f"{math.ceil(_needed(plan, architecture) / (1 - plan.reserve) / 1e8) / 10:.1f} GB"
+    """The smallest GPU that the run fits, reserve included."""
+    memory = memory_of(plan, architecture)
+    needed = (memory.least - memory.reserve) / (1 - plan.reserve)
+    return f"{math.ceil(needed / 1e8) / 10:.1f} GB"

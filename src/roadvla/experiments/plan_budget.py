@@ -175,14 +175,14 @@ def time_of(plan: Plan, architecture: Architecture) -> Time:
     """Count the seconds on each GPU."""
     rank, prompt, rate = plan.lora_rank, plan.prompt_tokens, plan.tflops * 1e12
     share = plan.rollout // plan.gpus
-    prefill = prefill_flops(architecture, prompt, rank).forward
-    decode = decode_flops(architecture, prompt, rank).forward
+    prefill = float(prefill_flops(architecture, prompt, rank).forward)
+    decode = float(decode_flops(architecture, prompt, rank).forward)
     forward = training_flops(architecture, prompt, rank).forward
     update = plan.epochs * update_flops(
         architecture, prompt, rank, checkpointing=plan.activation_checkpointing
     )
     probe = 2 * min(PROBE, share) * forward / share
-    decoding = _decode_seconds(plan, architecture, decode)
+    decoding = _decode_seconds(plan, architecture)
 
     def compute(name: str, flops: float) -> Piece:
         return Piece(name=name, flops=flops, seconds=flops * share / rate)
@@ -209,9 +209,10 @@ def time_of(plan: Plan, architecture: Architecture) -> Time:
     )
 
 
-def _decode_seconds(plan: Plan, architecture: Architecture, flops: float) -> float:
+def _decode_seconds(plan: Plan, architecture: Architecture) -> float:
     """Seconds to decode one step of a GPU's environments: the slower of memory and arithmetic."""
     count = plan.num_envs // plan.gpus
+    flops = decode_flops(architecture, plan.prompt_tokens, plan.lora_rank).forward
     full, rest = divmod(count, plan.inference_batch)
     total = 0.0
     for batch in [plan.inference_batch] * full + [rest] * (rest > 0):
