@@ -10,7 +10,9 @@ process and in turn, so that a machine whose speed drifts does not bias the rati
     python benchmarks/openvla.py [--size tiny|medium|7b] [--device cpu|cuda] [--threads N]
         [--observations B] [--transitions N] [--minibatch M] [--repeats R] [--output FILE]
 
-On a GPU it also measures the bf16 matmul rate, and what share of it prefill and update reach.
+It also measures the machine's matmul rate (bfloat16 on a GPU, float32 on a CPU), and prints what
+share of it prefill and update reach, the GPU's peak memory, and the hours that 850,000 environment
+steps would take at these speeds, the simulator not counted.
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from roadvla.policy.action_tokens import LAST_TOKEN_ID, NUM_BINS, TABLETOP_STATS
 from roadvla.policy.openvla.adapted import OpenVLAPolicy
 from roadvla.policy.openvla.adapters import FusedLinear
 from roadvla.policy.openvla.architecture import Architecture, Tower
+from roadvla.policy.openvla.cost import prefill_flops, update_flops
 from roadvla.policy.openvla.model import OpenVLA
 from roadvla.policy.openvla.preprocess import default_preprocessing
 from roadvla.policy.openvla.vision import Block
@@ -66,7 +69,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(((48, 2, 4, 192), (40, 3, 2, 149)), 64, 176, 2, 4, 4, 16, 16, 16),
-    "medium": Size(((256, 5, 4, 1024), (288, 6, 4, 1076)), 768, 2064, 6, 12, 32, 16, 16, 16),
+    "medium": Size(((256, 5, 4, 1024), (288, 6, 4, 1076)), 768, 2064, 6, 12, 32, 32, 16, 16),
     "7b": Size(((1024, 23, 16, 4096), (1152, 26, 16, 4304)), 4096, 11008, 32, 32, 32, 64, 160, 20),
 }
 
@@ -276,6 +279,7 @@ def measure(policy: OpenVLAPolicy, size: Size, repeats: int) -> dict[str, object
     ways: dict[str, Callable[[], object]] = {
         "act straightforward": as_peft(lambda: plain.act(pixels, act.prompt, every_position=True)),
         "act generate": as_peft(lambda: plain.act(pixels, act.prompt, every_position=False)),
+        "prefill": lambda: prefill(policy.model, pixels, act.prompt, lengths),
         "act": lambda: policy.model.act_on(pixels, act.prompt, lengths, uniform, temperature=1.0),
         "update straightforward": as_peft(lambda: plain.update(batch, update_pixels, theirs)),
         "update ppo": lambda: train_step(policy, ours, batch, algorithms["ppo"], rates),
@@ -294,7 +298,45 @@ def measure(policy: OpenVLAPolicy, size: Size, repeats: int) -> dict[str, object
         "update: straightforward / ours": pairs(times, "update straightforward", "update ppo"),
         "update: road / ppo": pairs(times, "update road", "update ppo"),
     }
-    return {"seconds": median, "ratios": ratios}
+    return {"seconds": median, "ratios": ratios, **rates_of(policy, size, median)}
+
+
+@torch.no_grad()
+def prefill(model: OpenVLA, pixels: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Image and prompt to a value: how acting starts, and all that a reference critic does."""
+    return model.value_on(pixels, ids, lengths)
+
+
+def rates_of(policy: OpenVLAPolicy, size: Size, median: dict[str, float]) -> dict[str, object]:
+    """Shares of the matmul rate, memory, and the time of 850,000 environment steps."""
+    model = policy.model
+    peak = matmul_rate(model.device, model.dtype)
+    a, rank = model.architecture, size.rank
+    once = prefill_flops(a, PROMPT, rank).forward * size.observations / median["prefill"]
+    learnt = update_flops(a, PROMPT, rank) * size.transitions / median["update ppo"]
+    steps = 850_000
+    acting = median["act"] / size.observations
+    judging = median["prefill"] / size.observations
+    ppo, road = (median[f"update {name}"] / size.transitions for name in ("ppo", "road"))
+    cuda = model.device.type == "cuda"
+    return {
+        "matmul_tflops": peak / 1e12,
+        "prefill_share_of_matmul": once / peak,
+        "update_share_of_matmul": learnt / peak,
+        "peak_memory_gb": torch.cuda.max_memory_allocated() / 1e9 if cuda else None,
+        "hours_of_850k_steps": {
+            "ppo": steps * (acting + ppo) / 3600,
+            "road": steps * (acting + judging + road) / 3600,
+        },
+    }
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large square product, the best of several."""
+    width = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(width, width, device=device, dtype=dtype) for _ in range(2))
+    taken = [seconds(lambda: a @ b, device) for _ in range(8)]
+    return 2 * width**3 / min(taken)
 
 
 def as_peft(way: Callable[[], object]) -> Callable[[], object]:

@@ -205,33 +205,13 @@ def _settings_of(folder: Path, wanted: Measurement) -> OpenVLASettings | None:
     if wanted.policy not in (None, kind):
         raise UserError(f"{folder} holds a policy of kind {kind!r}: pass --policy {kind}")
     if kind == "openvla":
-        return replace(_recorded_settings(folder), **wanted.overrides)
+        from roadvla.policy.openvla.policy import recorded_settings
+
+        return replace(recorded_settings(folder), **wanted.overrides)
     given = {"checkpoint": wanted.checkpoint} if wanted.checkpoint else {}
     for name, value in (given | wanted.overrides).items():
         raise UserError(f"{name} {value!r} would not be used by the tiny policy {folder}: drop it")
     return None
-
-
-def _recorded_settings(folder: Path) -> OpenVLASettings:
-    from roadvla.policy.openvla.adapters import LM_HEAD
-    from roadvla.policy.openvla.artefacts import read_adapter
-    from roadvla.policy.openvla.policy import read_description
-
-    description = read_description(folder)
-    if description is None:
-        adapter = read_adapter(folder)
-        return OpenVLASettings(
-            lora_rank=adapter.rank,
-            lora_alpha=int(adapter.alpha),
-            lora_lm_head=LM_HEAD in adapter.modules,
-        )
-    try:
-        return OpenVLASettings(**description["settings"])
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / 'policy.json'} was written by another version of roadvla: its settings do "
-            f"not fit ({error})"
-        ) from error
 
 
 def _refuse_loss(wanted: Measurement, results: Path, *, iteration: int | None) -> None:

@@ -25,7 +25,7 @@ from roadvla.policy.openvla.memory import (
     working_bytes,
 )
 
-PROBE = 256
+PROBE = 128
 """Transitions on which an update measures its KL, before and after."""
 
 

@@ -25,7 +25,7 @@ from roadvla.policy.base import Policy
 from roadvla.train.config import Algorithm, Optimizer
 from roadvla.types import Batch, Observation
 
-_PROBE = 256
+_PROBE = 128
 
 
 def make_optimizer(policy: Policy, settings: Optimizer) -> torch.optim.AdamW:

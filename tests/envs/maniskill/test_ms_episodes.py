@@ -9,6 +9,15 @@ from hypothesis import strategies as st
 
 from roadvla.envs.maniskill.episodes import Episodes, decode, draw_ids, encode, total
 from roadvla.envs.maniskill.settings import PREFIX, SETS, VARIANTS, Fixes, variant
+from roadvla.envs.maniskill.shifts import (
+    DistractorObject,
+    DistractorReceptacle,
+    InstructionShift,
+    PoseShift,
+    Reposition,
+    TextureShift,
+    WholeImageShift,
+)
 from roadvla.envs.suite import SETTINGS
 from roadvla.errors import UserError
 
@@ -224,6 +233,8 @@ def test_bad_ids(unchecked: None) -> None:
         decode(row, "trian", torch.tensor([3]))
     with pytest.raises(ValueError, match=r"table must be in \[16, 21\)"):
         encode(row, "test", decode(row, "train", torch.tensor([3])))
+    with pytest.raises(ValueError, match=r"table must be in \[0, 16\)"):
+        encode(row, "train", decode(row, "test", torch.tensor([3])))
 
 
 def test_unknown_names() -> None:
@@ -231,6 +242,36 @@ def test_unknown_names() -> None:
         variant("PutOnPlateInScene25PositionChange-v1")
     with pytest.raises(UserError, match="unknown environment"):
         variant("VR-Unknown")
+
+
+def test_shifts_and_layouts() -> None:
+    shifts = {
+        env_id.removeprefix(PREFIX): row.shift
+        for env_id, row in VARIANTS.items()
+        if row.shift is not None
+    }
+    assert shifts == {
+        "VisionTexture03-v1": TextureShift(opacity=0.3),
+        "VisionTexture05-v1": TextureShift(opacity=0.5),
+        "VisionWhole03-v1": WholeImageShift(opacity=0.3),
+        "VisionWhole05-v1": WholeImageShift(opacity=0.5),
+        "Instruct-v1": InstructionShift(),
+        "MultiCarrot-v1": DistractorObject(),
+        "MultiPlate-v1": DistractorReceptacle(),
+        "EEPose-v1": PoseShift(),
+        "PositionChangeTo-v1": Reposition(),
+    }
+    layouts = {
+        env_id.removeprefix(PREFIX): row.layout
+        for env_id, row in VARIANTS.items()
+        if row.layout != "pairs"
+    }
+    assert layouts == {
+        "MultiCarrot-v1": "objects_apart",
+        "MultiPlate-v1": "receptacles_apart",
+        "Position-v1": "pairs_and_ring",
+        "PositionChangeTo-v1": "objects_apart",
+    }
 
 
 def test_what_is_built_and_when_objects_move() -> None:

@@ -97,6 +97,15 @@ def test_texture(fit: str) -> None:
     assert (found[:3] != frame[:3]).any()
 
 
+def test_a_texture_smaller_than_its_box_is_stretched() -> None:
+    mask, frame, textures = masks()[:1], noise(1, H, W, 3), noise(2, 5, 6, 3)
+    index, alpha = torch.tensor([1]), torch.tensor([0.5])
+    found = blend_texture(frame, mask, textures, index, alpha, own_box=True)
+    expected = one_texture(frame[0], mask[0], textures[1], 0.5, sizes(mask)[0])
+    assert (found[0].int() - expected.int()).abs().max() <= 1
+    assert (found[0] != expected).float().mean() < 0.005
+
+
 def test_an_episode_alone_has_its_own_box_in_both_fits() -> None:
     mask, frame, textures = masks()[:1], noise(1, H, W, 3), noise(2, H, W, 3)
     index, alpha = torch.tensor([1]), torch.tensor([0.3])

@@ -16,6 +16,7 @@ from roadvla.policy.base import Policy
 from roadvla.policy.openvla import OpenVLA
 from roadvla.policy.openvla.adapters import adapted_modules, attach
 from roadvla.policy.openvla.architecture import Architecture, Tower
+from roadvla.policy.openvla.artefacts import write_adapter
 from roadvla.policy.openvla.export import export_checkpoint
 from roadvla.policy.openvla.network import Network
 from roadvla.policy.openvla.policy import (
@@ -207,6 +208,37 @@ def test_exported_is_the_same_policy(
     again = export_checkpoint(tmp_path / "saved", tmp_path / "again", dtype="float32")
     for name in ("model.safetensors", "config.json", "value_head.safetensors"):
         assert (again / name).read_bytes() == (merged / name).read_bytes()
+
+
+def test_an_adapter_of_rl4vla(
+    policy: OpenVLAPolicy, observation: Observation, tmp_path: Path
+) -> None:
+    """bfloat16, with adapters on dead modules, its value head in ``training_state.pt``."""
+    disturb(policy)
+    own = policy.give()
+    dead = "vision_backbone.fused_featurizer.attn_pool.q"
+    pair = (torch.randn(4, 40), torch.zeros(40, 4))
+    adapter = replace(own, modules={**own.modules, dead: pair}, value_head=None)
+    write_adapter(tmp_path, adapter)
+    assert own.value_head is not None
+    torch.save({"vh": own.value_head, "vh_optimizer": {}}, tmp_path / "training_state.pt")
+    loaded = make_openvla(str(tmp_path), SETTINGS)
+    tokens = torch.randint(0, 256, (5, 7))
+    for wanted, found in zip(
+        policy.evaluate(observation, tokens), loaded.evaluate(observation, tokens), strict=True
+    ):
+        assert torch.equal(wanted, found)
+    assert dead not in loaded.give().modules
+    lacking = replace(own, modules={n: p for n, p in own.modules.items() if "fc3" not in n})
+    write_adapter(tmp_path, lacking)
+    with pytest.raises(UserError, match=r"1 missing \(projector.fc3, …\)"):
+        make_openvla(str(tmp_path), SETTINGS)
+    write_adapter(tmp_path, replace(own, modules={**own.modules, "projector.fc9": pair}))
+    with pytest.raises(UserError, match=r"1 unknown \(projector.fc9, …\)"):
+        make_openvla(str(tmp_path), SETTINGS)
+    write_adapter(tmp_path, replace(own, modules={**own.modules, "projector.fc3": pair}))
+    with pytest.raises(UserError, match=r"does not fit at projector.fc3: \(4, 40\)"):
+        make_openvla(str(tmp_path), SETTINGS)
 
 
 def test_the_base_is_found_from_elsewhere(

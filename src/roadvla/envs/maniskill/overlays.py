@@ -121,6 +121,8 @@ def blend_whole(
 ) -> UInt8[Tensor, "B H W 3"]:
     """Blend a cut of a large texture over whole frames; its corner is the bounding box's centre.
 
+    The centre is rounded down, and never in the first row or column.
+
     Args:
         frame: After ``green_screen``.
         mask: Pixels of the robot and the bodies.
@@ -130,8 +132,8 @@ def blend_whole(
     """
     height, width = mask.shape[1:]
     left, top, right, bottom = bounding_boxes(mask).unbind(-1)
-    across = ((left + right) // 2).clamp(1, width - 1)
-    down = ((top + bottom) // 2).clamp(1, height - 1)
+    across = ((left + right) // 2).clamp(min=1)
+    down = ((top + bottom) // 2).clamp(min=1)
     rows = down[:, None] + torch.arange(height, device=mask.device)
     columns = across[:, None] + torch.arange(width, device=mask.device)
     cut = textures[texture[:, None, None], rows[:, :, None], columns[:, None, :]]

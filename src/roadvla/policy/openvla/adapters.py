@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -87,7 +88,10 @@ def attach(network: Network, name: str, modules: Sequence[str], *, rank: int, al
     )
     config._register_custom_module({nn.Linear: FusedLinear})
     trained = {name for name, p in network.value_head.named_parameters() if p.requires_grad}
-    inject_adapter_in_model(config, network, adapter_name=name)
+    with warnings.catch_warnings():
+        # A second adapter, the reference critic's, is meant to be there beside the first.
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+        inject_adapter_in_model(config, network, adapter_name=name)
     for head_name, parameter in network.value_head.named_parameters():
         parameter.requires_grad_(head_name in trained)  # injecting froze it
     generator = torch.Generator().manual_seed(0)

@@ -7,10 +7,9 @@ never copied.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ __all__ = [
     "load_critic",
     "load_openvla",
     "make_openvla",
+    "recorded_settings",
     "save_openvla",
 ]
 
@@ -83,7 +83,7 @@ def load_openvla(
     if base is None:
         raise UserError(f"{folder} does not name the checkpoint it adapts: pass --checkpoint")
     if settings is None:
-        settings = _settings_of(folder, adapter, description)
+        settings = recorded_settings(folder, adapter)
     model = _base(str(base), settings, device)
     if description is not None:
         _check_base(model, description, folder)
@@ -130,6 +130,33 @@ def save_openvla(policy: OpenVLAPolicy, folder: Path) -> None:
     partial.replace(folder / DESCRIPTION)
 
 
+def recorded_settings(folder: Path, adapter: Adapter | None = None) -> OpenVLASettings:
+    """Read how a policy folder was trained; an adapter of RL4VLA's tells its rank and layers.
+
+    Args:
+        folder: What ``save_openvla`` wrote, or an adapter folder.
+        adapter: Already read from it, if so.
+
+    Raises:
+        UserError: If it was written by another version, or is damaged.
+    """
+    description = read_description(folder)
+    if description is None:
+        adapter = adapter or read_adapter(folder)
+        return OpenVLASettings(
+            lora_rank=adapter.rank,
+            lora_alpha=int(adapter.alpha),
+            lora_lm_head=LM_HEAD in adapter.modules,
+        )
+    try:
+        return OpenVLASettings(**description["settings"])
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / DESCRIPTION} was written by another version of roadvla: its settings do "
+            f"not fit ({error})"
+        ) from error
+
+
 def read_description(folder: Path) -> dict[str, Any] | None:
     """Read ``policy.json`` and check the files it vouches for; ``None`` if there is none.
 
@@ -164,25 +191,6 @@ def _base(checkpoint: str, settings: OpenVLASettings, device: torch.device | str
     model.requires_grad_(False)
     model.value_head.requires_grad_(True)
     return model
-
-
-def _settings_of(
-    folder: Path, adapter: Adapter, description: dict[str, Any] | None
-) -> OpenVLASettings:
-    if description is None:
-        return OpenVLASettings(
-            lora_rank=adapter.rank,
-            lora_alpha=int(adapter.alpha),
-            lora_lm_head=LM_HEAD in adapter.modules,
-        )
-    recorded = description.get("settings")
-    known = {field.name for field in dataclasses.fields(OpenVLASettings)}
-    if not isinstance(recorded, dict) or recorded.keys() != known:
-        raise UserError(
-            f"{folder / DESCRIPTION} was written by another version of roadvla: its settings are "
-            f"not {', '.join(sorted(known))}"
-        )
-    return replace(OpenVLASettings(), **recorded)
 
 
 def _check_base(model: OpenVLA, description: dict[str, Any], folder: Path) -> None:
