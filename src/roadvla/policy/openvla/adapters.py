@@ -37,14 +37,14 @@ class FusedLinear(LoraLinear):
 
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:  # type: ignore[override]
         """Apply base and active adapter."""
-        out = self.base_layer(x)
         (name,) = self.active_adapters
-        low = F.linear(x, self.lora_A[name].weight.to(x.dtype))
+        flat = x.flatten(0, -2)
+        out = self.base_layer(flat)
+        low = F.linear(flat, self.lora_A[name].weight.to(x.dtype))
         wide = self.lora_B[name].weight.to(x.dtype)
-        flat = torch.addmm(
-            out.flatten(0, -2), low.flatten(0, -2), wide.t(), alpha=self.scaling[name]
-        )
-        return flat.view(out.shape)
+        # In place: the backward pass of a linear layer does not need its output.
+        out.addmm_(low, wide.t(), alpha=self.scaling[name])
+        return out.unflatten(0, x.shape[:-1])
 
 
 def adapted_modules(network: Network, *, lm_head: bool) -> list[str]:
