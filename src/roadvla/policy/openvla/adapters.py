@@ -42,8 +42,7 @@ class FusedLinear(LoraLinear):
         out = self.base_layer(flat)
         low = F.linear(flat, self.lora_A[name].weight.to(x.dtype))
         wide = self.lora_B[name].weight.to(x.dtype)
-        # In place: the backward pass of a linear layer does not need its output.
-        out.addmm_(low, wide.t(), alpha=self.scaling[name])
+        out = torch.addmm(out, low, wide.t(), alpha=self.scaling[name])
         return out.unflatten(0, x.shape[:-1])
 
 
