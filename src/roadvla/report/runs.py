@@ -192,7 +192,7 @@ def _check_grouping(runs: Sequence[Run]) -> None:
         if other is not run:
             raise UserError(
                 f"{other.folder} and {run.folder} are both {run.method!r} with seed {run.seed}: "
-                "leave one out or give it another name"
+                "leave one out, or change the name in one of their config.json files"
             )
         other = first.setdefault((run.method, run.env), run)
         ours, theirs = dict(_flatten(run.config)), dict(_flatten(other.config))

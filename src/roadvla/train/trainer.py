@@ -101,6 +101,7 @@ def _loop(trainer: Trainer, folder: Path) -> None:
     writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
     with Display(title, total, done=start.iteration) as display:
         if start.iteration == 0 and experiment.evaluation.every:
+            display.say("evaluation before the first iteration, in and out of distribution")
             writer.write(0, 0, _evaluation_metrics(trainer.measure(experiment.evaluation.episodes)))
         with catch_interrupts() as interrupts:
             while trainer.progress.iteration < total and not interrupts.requested:
