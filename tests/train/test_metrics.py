@@ -123,7 +123,8 @@ def test_a_full_disk_is_one_line_wherever_it_strikes(tmp_path):
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == ["exit 2"] * 5
-    lines = [line for line in done.stderr.splitlines() if not line.startswith("probe on ")]
+    progress = ("probe on ", "evaluation before ")
+    lines = [line for line in done.stderr.splitlines() if not line.startswith(progress)]
     assert len(lines) == 5
     assert all(re.fullmatch("roadvla: error: cannot write .*File too large; .*", x) for x in lines)
     assert any("metrics.jsonl" in line and "--resume" in line for line in lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -41,22 +42,27 @@ class FusedLinear(LoraLinear):
     def forward(self, x: Float[Tensor, "*N I"]) -> Float[Tensor, "*N O"]:  # type: ignore[override]
         """Apply base and active adapter."""
         (name,) = self.active_adapters
+        base = cast("nn.Linear", self.base_layer)
+        (a, b), scale = lora_weights(self, name), self.scaling[name]
         flat = x.flatten(0, -2)
-        if self._folding_pays(flat):
-            a, b = self.lora_A[name].weight, self.lora_B[name].weight
-            folded = torch.addmm(self.base_layer.weight, b, a, alpha=self.scaling[name])
-            return F.linear(x, folded, self.base_layer.bias)
-        out = self.base_layer(flat)
-        low = F.linear(flat, self.lora_A[name].weight.to(x.dtype))
-        wide = self.lora_B[name].weight.to(x.dtype)
-        out = torch.addmm(out, low, wide.t(), alpha=self.scaling[name])
+        if _folding_pays(flat, base):
+            return F.linear(x, torch.addmm(base.weight, b, a, alpha=scale), base.bias)
+        low = F.linear(flat, a.to(x.dtype))
+        out = torch.addmm(base(flat), low, b.to(x.dtype).t(), alpha=scale)
         return out.unflatten(0, x.shape[:-1])
 
-    def _folding_pays(self, flat: Float[Tensor, "M I"]) -> bool:
-        """Whether M rows through A and B (r (I + O) each) are more work than B A (r I O)."""
-        outputs, inputs = self.base_layer.weight.shape
-        exact = flat.dtype == torch.float32 and not torch.is_grad_enabled()
-        return exact and len(flat) * (inputs + outputs) > inputs * outputs
+
+def lora_weights(layer: LoraLayer, name: str) -> tuple[Tensor, Tensor]:
+    """Return the weights of A and B of one adapter of a layer."""
+    a, b = cast("nn.Linear", layer.lora_A[name]), cast("nn.Linear", layer.lora_B[name])
+    return a.weight, b.weight
+
+
+def _folding_pays(flat: Float[Tensor, "M I"], base: nn.Linear) -> bool:
+    """Whether M rows through A and B (r (I + O) each) are more work than B A (r I O)."""
+    outputs, inputs = base.weight.shape
+    exact = flat.dtype == torch.float32 and not torch.is_grad_enabled()
+    return exact and len(flat) * (inputs + outputs) > inputs * outputs
 
 
 def adapted_modules(network: Network, *, lm_head: bool) -> list[str]:
@@ -110,21 +116,19 @@ def attach(network: Network, name: str, modules: Sequence[str], *, rank: int, al
     for _, layer in _layers(network):
         for part in (layer.lora_A[name], layer.lora_B[name]):
             part.to(torch.float32)
-        weight = layer.lora_A[name].weight
+        a, b = lora_weights(layer, name)
         with torch.no_grad():
-            if not weight.is_meta:
-                weight.copy_(torch.randn(weight.shape, generator=generator) / rank)
-            layer.lora_B[name].weight.zero_()
+            if not a.is_meta:
+                a.copy_(torch.randn(a.shape, generator=generator) / rank)
+            b.zero_()
 
 
 def adapter_weights(network: Network, name: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Copy an adapter's A and B per layer to the CPU."""
+    weights = {module: lora_weights(layer, name) for module, layer in _layers(network)}
     return {
-        module: (
-            layer.lora_A[name].weight.detach().cpu().clone(),
-            layer.lora_B[name].weight.detach().cpu().clone(),
-        )
-        for module, layer in _layers(network)
+        module: (a.detach().cpu().clone(), b.detach().cpu().clone())
+        for module, (a, b) in weights.items()
     }
 
 
@@ -160,8 +164,7 @@ def load_adapter(
         )
     with torch.no_grad():
         for module, layer in layers.items():
-            for own, stored in zip((layer.lora_A, layer.lora_B), alive[module], strict=True):
-                weight = own[name].weight
+            for weight, stored in zip(lora_weights(layer, name), alive[module], strict=True):
                 if weight.shape != stored.shape:
                     raise UserError(
                         f"adapter {source} does not fit at {module}: {tuple(stored.shape)}, "

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ Rotation = tuple[Float[Tensor, "#B S d"], Float[Tensor, "#B S d"]]
 
 
 def run_layer(
-    layer: nn.Module, x: Float[Tensor, "B S H"], rotation: Rotation, heads: Heads
+    layer: LlamaDecoderLayer, x: Float[Tensor, "B S H"], rotation: Rotation, heads: Heads
 ) -> tuple[Float[Tensor, "B S H"], Float[Tensor, "B g S d"], Float[Tensor, "B g S d"]]:
     """Run a layer over a whole sequence; return its output, keys and values."""
     normed = layer.input_layernorm(x)
@@ -59,7 +60,7 @@ def run_layer(
 
 
 def run_layer_at(
-    layer: nn.Module,
+    layer: LlamaDecoderLayer,
     x: Float[Tensor, "B S H"],
     positions: Int[Tensor, "B Q"],
     rotation: Rotation,
@@ -79,7 +80,7 @@ def run_layer_at(
 
 
 def step_layer(
-    layer: nn.Module,
+    layer: LlamaDecoderLayer,
     x: Float[Tensor, "B 1 H"],
     column: Int[Tensor, "B 1"],
     rotation: Rotation,
@@ -108,19 +109,19 @@ def step_layer(
     return _feed_forward(layer, x)
 
 
-def _feed_forward(layer: nn.Module, x: Float[Tensor, "B S H"]) -> Float[Tensor, "B S H"]:
+def _feed_forward(layer: LlamaDecoderLayer, x: Float[Tensor, "B S H"]) -> Float[Tensor, "B S H"]:
     return x + layer.mlp(layer.post_attention_layernorm(x))
 
 
 def _queries(
-    layer: nn.Module, normed: Tensor, rotation: Rotation, heads: Heads
+    layer: LlamaDecoderLayer, normed: Tensor, rotation: Rotation, heads: Heads
 ) -> Float[Tensor, "B h S d"]:
     q = layer.self_attn.q_proj(normed).unflatten(-1, (heads.query, heads.dim)).transpose(1, 2)
     return _rotate(q, rotation)
 
 
 def _shared(
-    layer: nn.Module, normed: Tensor, rotation: Rotation, heads: Heads
+    layer: LlamaDecoderLayer, normed: Tensor, rotation: Rotation, heads: Heads
 ) -> tuple[Float[Tensor, "B g S d"], Float[Tensor, "B g S d"]]:
     shape = (heads.shared, heads.dim)
     k = layer.self_attn.k_proj(normed).unflatten(-1, shape).transpose(1, 2)

@@ -16,7 +16,10 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute_later
 from transformers import LlamaConfig, LlamaForCausalLM
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.llama.modeling_llama import (
+    LlamaDecoderLayer,
+    LlamaRotaryEmbedding,
+)
 
 from roadvla.policy.action_tokens import LAST_TOKEN_ID, NUM_BINS, NUM_TOKENS, token_ids
 from roadvla.policy.openvla.architecture import Architecture
@@ -138,6 +141,9 @@ class Network(nn.Module):
             logits=torch.stack(kept, dim=1),
         )
 
+    def _layers(self) -> list[LlamaDecoderLayer]:
+        return cast("list[LlamaDecoderLayer]", list(self.language_model.model.layers))
+
     def _state_positions(self, lengths: Int[Tensor, " B"]) -> Int[Tensor, " B"]:
         """Column of each prompt's last token, which predicts the first action token."""
         return lengths + (self.architecture.patches - 1)
@@ -162,7 +168,7 @@ class Network(nn.Module):
         kept = 0 if room is None else len(decoder.layers)
         cache = x.new_zeros(kept, 2, len(x), heads.shared, len(columns), heads.dim)
         last = len(decoder.layers) - 1
-        for index, layer in enumerate(decoder.layers):
+        for index, layer in enumerate(self._layers()):
             if index == last:
                 x, k, v = self._run_layer_at(layer, x, positions, rotation, heads)
             elif self.recompute and torch.is_grad_enabled():
@@ -186,21 +192,23 @@ class Network(nn.Module):
         x = decoder.embed_tokens(token_ids(token).unsqueeze(1))
         rotation = decoder.rotary_emb(x, column)
         seen = torch.arange(cache.shape[4], device=x.device) <= column[:, :, None, None]
-        for index, layer in enumerate(decoder.layers):
+        for index, layer in enumerate(self._layers()):
             x = self._step_layer(layer, x, column, rotation, self._heads, cache[index], seen)
         return decoder.norm(x)
 
     def _action_logits(self, states: Float[Tensor, "B Q H"]) -> Float[Tensor, "B Q V"]:
         """Apply the output layer's 256 action rows, in float32, ascending in action value."""
-        head = self.language_model.lm_head
+        head: nn.Module = self.language_model.lm_head
         adapted = isinstance(head, LoraLayer)
-        base = cast("nn.Linear", head.get_base_layer() if adapted else head)
+        base = cast("nn.Linear", cast("LoraLayer", head).get_base_layer() if adapted else head)
         x = states.float()
         logits = F.linear(x, base.weight[_ACTION_ROWS].float())
-        for name in head.active_adapters if adapted else ():
-            low = F.linear(x, head.lora_A[name].weight)
-            wide = head.lora_B[name].weight[_ACTION_ROWS]
-            logits = logits + head.scaling[name] * F.linear(low, wide)
+        if adapted:
+            lora = cast("LoraLayer", head)
+            for name in lora.active_adapters:
+                a, b = (cast("nn.Linear", part[name]) for part in (lora.lora_A, lora.lora_B))
+                low = F.linear(x, a.weight)
+                logits = logits + lora.scaling[name] * F.linear(low, b.weight[_ACTION_ROWS])
         return logits.flip(-1)
 
 
