@@ -262,8 +262,8 @@ def measure(policy: OpenVLAPolicy, size: Size, repeats: int) -> dict[str, object
     plain, device = Straightforward(policy), policy.model.device
     batch = make_batch(policy, size.transitions, device)
     act = make_batch(policy, size.observations, device).observation
-    pixels = policy.model.preprocess(act.image)
-    update_pixels = policy.model.preprocess(batch.observation.image)
+    pixels = policy.model.preprocess(act.image, method="tensor")
+    update_pixels = policy.model.preprocess(batch.observation.image, method="tensor")
     lengths = torch.full((size.observations,), PROMPT, device=device)
     uniform = torch.rand(size.observations, 7, device=device)
     rates = Optimizer(minibatch=size.minibatch)

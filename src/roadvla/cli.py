@@ -146,9 +146,16 @@ def export(
     folder = policy_folder(source)
     if policy_kind(folder) != "openvla":
         raise UserError(f"{folder} holds a tiny policy: only those of OpenVLA can be exported")
-    from roadvla.policy.openvla.export import export_checkpoint
+    from roadvla.policy.openvla.export import export_checkpoint, stores_half
 
-    print(export_checkpoint(folder, to, checkpoint=checkpoint, dtype=dtype, force=force))
+    written = export_checkpoint(folder, to, checkpoint=checkpoint, dtype=dtype, force=force)
+    if dtype is None and stores_half(written):
+        print(
+            "merged into bfloat16, as the base is stored, which rounds the adapter's changes; "
+            "--dtype float32 keeps them exactly",
+            file=sys.stderr,
+        )
+    print(written)
 
 
 def make_tiny_openvla(

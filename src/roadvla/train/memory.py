@@ -11,7 +11,10 @@ from roadvla.errors import UserError
 from roadvla.policy.settings import OpenVLASettings
 from roadvla.train.config import Experiment
 
-_SIGNS = ("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED")
+_SIGNS = (
+    *("can't allocate memory", "not enough memory", "out of memory", "ALLOC_FAILED"),
+    "could not create a primitive",  # oneDNN, on a CPU
+)
 
 
 class OutOfMemoryError(UserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,10 @@ def read(parts: tuple[Config, Shapes]) -> Architecture:
     return read_architecture(*parts, source="config.json")
 
 
+def text(config: Config, **changes: object) -> None:
+    config["text_config"].update(changes)
+
+
 def test_sizes(parts: tuple[Config, Shapes]) -> None:
     architecture = read(parts)
     sizes = TinySizes()
@@ -55,12 +60,31 @@ def test_what_the_export_leaves_out(parts: tuple[Config, Shapes]) -> None:
     config, _ = parts
     for name in ("rms_norm_eps", "max_position_embeddings", "num_key_value_heads"):
         config["text_config"].pop(name, None)
-    text = read(parts).text
-    assert (text["rms_norm_eps"], text["max_position_embeddings"]) == (1e-6, 2048)
-    assert text["num_key_value_heads"] == text["num_attention_heads"]
+    found = read(parts).text
+    assert (found["rms_norm_eps"], found["max_position_embeddings"]) == (1e-6, 2048)
+    assert found["num_key_value_heads"] == found["num_attention_heads"]
     config["text_config"]["num_key_value_heads"] = None
-    assert read(parts).text["num_key_value_heads"] == text["num_attention_heads"]
-    assert text["rope_theta"] == 10000.0
+    assert read(parts).text["num_key_value_heads"] == found["num_attention_heads"]
+    assert found["rope_theta"] == 10000.0
+
+
+def test_other_ways_to_say_the_same(parts: tuple[Config, Shapes]) -> None:
+    config, _ = parts
+    usual = read(parts)
+    config["image_sizes"], config["text_config"]["pad_token_id"] = 224, None
+    assert read(parts) == usual
+    config["pad_token_id"] = 7
+    assert read(parts).pad_token_id == 7
+
+
+def test_a_text_config_that_transformers_refuses(folder: Path, tmp_path: Path) -> None:
+    bad = tmp_path / "bad"
+    shutil.copytree(folder, bad)
+    config = json.loads((bad / "config.json").read_text())
+    config["text_config"]["attention_dropout"] = "none"
+    (bad / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="text_config describes no Llama that transformers can"):
+        OpenVLA.from_pretrained(bad)
 
 
 def test_vicuna_means_v01(parts: tuple[Config, Shapes]) -> None:
@@ -111,6 +135,27 @@ def test_dead_tensors(parts: tuple[Config, Shapes]) -> None:
         (
             lambda c, _: c["timm_model_kwargs"][0].update(num_heads=5),
             "no multiple of its 5 heads",
+        ),
+        (lambda c, _: c.update(text_config=None), "text_config is None; an object"),
+        (lambda c, _: c.update(text_config=[1]), r"text_config is \[1\]; an object"),
+        (lambda c, _: c.update(norm_stats=[1]), r"norm_stats is \[1\]; an object"),
+        (lambda c, _: c.update(image_sizes="224"), "image_sizes is '224'; a list of int"),
+        (lambda c, _: c.update(image_sizes=[224, -1]), "image_sizes is .* positive numbers"),
+        (lambda c, _: c.update(timm_model_ids=5), "timm_model_ids is 5; a list of str"),
+        (lambda c, _: c.update(timm_model_kwargs=[{}]), "timm_model_kwargs has 1 entries, not 2"),
+        (lambda c, _: c["timm_model_kwargs"][0].update(num_heads="x"), "num_heads is 'x'"),
+        (lambda c, _: c.update(pad_to_multiple_of="x"), "pad_to_multiple_of x"),
+        (lambda c, _: text(c, num_attention_heads=5), "hidden_size 64 is no multiple of .* 5"),
+        (lambda c, _: text(c, num_attention_heads="four"), "num_attention_heads is 'four'"),
+        (lambda c, _: text(c, num_hidden_layers=True), "num_hidden_layers is True"),
+        (lambda c, _: text(c, num_key_value_heads=3), "4 is no multiple of num_key_value_heads 3"),
+        (lambda c, _: text(c, rope_theta="x"), "rope_theta is 'x'; a positive number"),
+        (lambda c, _: text(c, head_dim=-2), "head_dim is -2"),
+        (lambda c, _: text(c, pad_token_id=-1), "pad_token_id is -1; a token id below 32064"),
+        (lambda c, _: text(c, pad_token_id=32064), "pad_token_id is 32064; a token id below"),
+        (
+            lambda _, s: s.update({"vision_backbone.featurizer.pos_embed": (256, 48)}),
+            r"pos_embed is \(256, 48\); 1 x patches x width",
         ),
         (
             lambda _, s: s.pop("vision_backbone.featurizer.patch_embed.proj.weight"),

@@ -21,11 +21,12 @@ from roadvla.policy.openvla import checkpoint as checkpoint_module
 from roadvla.policy.openvla import export
 from roadvla.policy.openvla.artefacts import Adapter, write_adapter
 from roadvla.policy.openvla.checkpoint import fingerprint, open_checkpoint
-from roadvla.policy.openvla.export import export_checkpoint
+from roadvla.policy.openvla.export import export_checkpoint, stores_half
+from roadvla.policy.openvla.value_head import ValueHead
 
 RANK, ALPHA = 4, 2.0
 CONV = "vision_backbone.featurizer.patch_embed.proj"
-HEAD = {"head_l1.weight": torch.full((3, 8), 0.25)}
+HEAD = {name: torch.full_like(w, 0.25) for name, w in ValueHead(8).state_dict().items()}
 ADAPTED = (
     CONV,
     "projector.fc1",
@@ -240,7 +241,7 @@ def test_rl4vla_folder_without_our_description(base: Path, run: Path, tmp_path: 
 
 
 def test_a_value_head_of_the_base_stays_unless_the_adapter_has_one(tmp_path: Path) -> None:
-    inside = {"value_head.head_l1.weight": torch.zeros(3, 8)}
+    inside = {"value_head.head_l1.weight": torch.zeros(512, 8)}
     base = write_checkpoint(tmp_path / "base", make_tensors() | inside)
     run = write_run(tmp_path / "run", base, value_head=None)
     (run / "policy.json").unlink()
@@ -405,7 +406,7 @@ def test_another_base_is_refused(base: Path, run: Path, tmp_path: Path) -> None:
     assert "whose weights are not those of" in text
     moved = tmp_path / "moved"
     shutil.move(base, moved)
-    assert "no checkpoint at" in message(lambda: export_checkpoint(run, tmp_path / "out"))
+    assert "which is not here" in message(lambda: export_checkpoint(run, tmp_path / "out"))
     export_checkpoint(run, tmp_path / "out", checkpoint=str(moved))
 
 
@@ -456,3 +457,18 @@ def test_recorded_checkpoint_round_trip(openvla_fixture: Path, tmp_path: Path) -
     assert all(torch.equal(written[name], original[name]) for name in original)
     name = "value_head.safetensors"
     assert (out / name).read_bytes() == (openvla_fixture / name).read_bytes()
+
+
+def test_a_value_head_that_does_not_fit(tmp_path: Path) -> None:
+    base = write_checkpoint(tmp_path / "base", make_tensors())
+    run = write_run(tmp_path / "run", base, value_head=ValueHead(6).state_dict())
+    with pytest.raises(UserError, match=r"head_l1.weight is \(512, 6\), expected \(512, 8\)"):
+        export_checkpoint(run, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_whether_an_export_was_rounded(tmp_path: Path, dtype: str) -> None:
+    base = write_checkpoint(tmp_path / "base", make_tensors())
+    out = export_checkpoint(write_run(tmp_path / "run", base), tmp_path / "out", dtype=dtype)
+    assert stores_half(out) == (dtype == "bfloat16")

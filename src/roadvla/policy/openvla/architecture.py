@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from roadvla.errors import UserError
 from roadvla.policy.action_tokens import LAST_TOKEN_ID, NUM_BINS, NUM_TOKENS
+from roadvla.policy.openvla.fields import check_text, is_count, read_list, read_object
 
 TOWERS = ("featurizer", "fused_featurizer")
 """Names of the vision towers in a checkpoint, in the order of their channels."""
@@ -129,7 +129,7 @@ def read_architecture(
         UserError: If the checkpoint is not an OpenVLA that this code computes.
     """
     towers = _read_towers(config, shapes, source)
-    sizes = config.get("image_sizes") or [224] * len(towers)
+    sizes = _image_sizes(config, len(towers), source)
     if len(set(sizes)) != 1:
         raise UserError(f"{source}: image_sizes is {sizes}; towers with one common size are needed")
     for name, tower in zip(TOWERS, towers, strict=False):
@@ -146,7 +146,7 @@ def read_architecture(
         image_size=int(sizes[0]),
         text=_read_text(config, shapes, source),
         prompt_style="openvla-v01" if _is_v01(config) else "openvla",
-        norm_stats=dict(config.get("norm_stats") or {}),
+        norm_stats=read_object(config, "norm_stats", source),
     )
 
 
@@ -170,8 +170,8 @@ def _read_towers(
 ) -> tuple[Tower, ...]:
     fused = f"vision_backbone.{TOWERS[1]}.pos_embed" in shapes
     names = TOWERS if fused else TOWERS[:1]
-    ids = list(config.get("timm_model_ids") or [])
-    overrides = list(config.get("timm_override_act_layers") or [])
+    ids = read_list(config, "timm_model_ids", str, source)
+    overrides = read_list(config, "timm_override_act_layers", object, source)
     if len(ids) != len(names):
         raise UserError(
             f"{source}: timm_model_ids is {ids}, but the weights hold {len(names)} vision "
@@ -182,11 +182,22 @@ def _read_towers(
             f"{source}: timm_override_act_layers is {overrides}; only towers with their own GELU "
             f"are supported (as in openvla-7b)"
         )
-    sizes = config.get("timm_model_kwargs") or [{}] * len(names)
+    sizes = read_list(config, "timm_model_kwargs", dict, source) or [{}] * len(names)
+    if len(sizes) != len(names):
+        raise UserError(f"{source}: timm_model_kwargs has {len(sizes)} entries, not {len(names)}")
     return tuple(
         _read_tower(f"vision_backbone.{name}.", shapes, heads=_heads(ids[i], sizes[i], source))
         for i, name in enumerate(names)
     )
+
+
+def _image_sizes(config: Mapping[str, Any], towers: int, source: str) -> list[int]:
+    given = config.get("image_sizes")
+    sizes = [given] * towers if isinstance(given, int) else None
+    sizes = sizes or read_list(config, "image_sizes", int, source) or [224] * towers
+    if not all(map(is_count, sizes)):
+        raise UserError(f"{source}: image_sizes is {given!r}; positive numbers are needed")
+    return sizes
 
 
 def _read_tower(prefix: str, shapes: Mapping[str, tuple[int, ...]], *, heads: int) -> Tower:
@@ -199,12 +210,14 @@ def _read_tower(prefix: str, shapes: Mapping[str, tuple[int, ...]], *, heads: in
             ) from None
 
     blocks = {
-        int(name.removeprefix(f"{prefix}blocks.").split(".")[0])
+        name.removeprefix(f"{prefix}blocks.").split(".")[0]
         for name in shapes
         if name.startswith(f"{prefix}blocks.")
     }
     if len(blocks) < 2:
         raise UserError(f"the checkpoint's {prefix}blocks are {len(blocks)}; at least 2 are needed")
+    if len(shape("pos_embed")) != 3:
+        raise UserError(f"{prefix}pos_embed is {shape('pos_embed')}; 1 x patches x width is needed")
     _, patches, width = shape("pos_embed")
     if width % heads:
         raise UserError(f"{prefix}pos_embed is {width} wide, no multiple of its {heads} heads")
@@ -229,13 +242,16 @@ def _heads(timm_id: str, sizes: Mapping[str, Any], source: str) -> int:
         raise UserError(
             f"{source}: vision tower {timm_id!r} is not supported; known are {', '.join(_HEADS)}"
         )
-    return int(heads)
+    if not is_count(heads):
+        raise UserError(f"{source}: num_heads is {heads!r}; a positive number is needed")
+    return heads
 
 
 def _read_text(
     config: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], source: str
 ) -> dict[str, Any]:
-    given = {name: value for name, value in config.get("text_config", {}).items() if value != {}}
+    fields = read_object(config, "text_config", source)
+    given = {name: value for name, value in fields.items() if value != {}}
     text = {**_TEXT_DEFAULTS, **given}
     text.setdefault("num_key_value_heads", text["num_attention_heads"])
     if text["num_key_value_heads"] is None:
@@ -254,23 +270,19 @@ def _read_text(
             f"incomplete, or no OpenVLA"
         )
     text.setdefault("vocab_size", embedding[0])
-    padding = int(config.get("pad_to_multiple_of") or 64)
+    padding = config.get("pad_to_multiple_of") or 64
+    if text.get("pad_token_id") is None:
+        given_pad = config.get("pad_token_id")
+        text["pad_token_id"] = LAST_TOKEN_ID + 1 if given_pad is None else given_pad
+    check_text(text, source)
     bins = config.get("n_action_bins", NUM_BINS)
-    if text["vocab_size"] - padding - 1 != LAST_TOKEN_ID or bins != NUM_BINS:
+    if padding != text["vocab_size"] - 1 - LAST_TOKEN_ID or bins != NUM_BINS:
         raise UserError(
             f"{source}: vocab_size {text['vocab_size']}, pad_to_multiple_of {padding} and "
             f"n_action_bins {bins} are not OpenVLA's 32064, 64 and 256: action tokens would "
             f"mean something else"
         )
-    text.setdefault("pad_token_id", config.get("pad_token_id", LAST_TOKEN_ID + 1))
-    for name in ("hidden_size", "intermediate_size", "rms_norm_eps", "max_position_embeddings"):
-        if not _is_positive(text[name]):
-            raise UserError(f"{source}: {name} is {text[name]!r}; a positive number is needed")
     return text
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < cast("float", value) < math.inf
 
 
 def _is_v01(config: Mapping[str, Any]) -> bool:

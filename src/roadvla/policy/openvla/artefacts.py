@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+import warnings
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.policy.openvla.storage import damaged, first_line, read_json, to_json, write_whole
+from roadvla.policy.openvla.storage import damaged, read_json, to_json, write_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -258,15 +259,18 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _read_training_state(path: Path) -> object:
     """Read RL4VLA's value head; the optimizers' states beside it are not even loaded."""
     try:
-        state = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-        )
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        with warnings.catch_warnings(action="ignore"):  # the error below says it all
+            state = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
+    except pickle.UnpicklingError as error:
         raise UserError(
-            f"{path} cannot be read without running code from it, or is damaged "
-            f"({first_line(error)}): save its value head alone, "
+            f"{path} is damaged, or cannot be read without running code from it, which is never "
+            f"done: copy it again, or have the code that wrote it save its value head alone, "
             f"safetensors.torch.save_file(state['vh'], {VALUE_HEAD_NAME!r})"
         ) from error
+    except (OSError, RuntimeError, EOFError) as error:
+        raise damaged(path, error) from error
     if not isinstance(state, dict) or "vh" not in state:
         raise UserError(f"{path} has no value head under 'vh': take RL4VLA's file, or remove it")
     return state["vh"]

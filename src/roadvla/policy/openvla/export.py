@@ -33,7 +33,7 @@ from roadvla.policy.openvla.checkpoint import (
     open_checkpoint,
     weight_files,
 )
-from roadvla.policy.openvla.policy import read_description
+from roadvla.policy.openvla.policy import base_of, read_description
 from roadvla.policy.openvla.storage import (
     Stored,
     byte_size,
@@ -45,6 +45,7 @@ from roadvla.policy.openvla.storage import (
     write_safetensors,
     write_whole,
 )
+from roadvla.policy.openvla.value_head import ValueHead
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 _CARRIED = (
@@ -145,6 +146,11 @@ def export_checkpoint(
     return to
 
 
+def stores_half(folder: Path) -> bool:
+    """Whether any weight of a checkpoint is stored in fewer than 32 bits."""
+    return any(dtype.itemsize < 4 for dtype in open_checkpoint(folder).dtypes.values())
+
+
 def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
     """Add an adapter to the weight of a linear layer or a convolution: W + α/r·B·A.
 
@@ -163,10 +169,7 @@ def merge(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
 
 def _open_base(folder: Path, adapter: Adapter, checkpoint: str | None) -> Checkpoint:
     description = read_description(folder)
-    source = checkpoint or (description or {}).get("checkpoint") or adapter.base
-    if source is None:
-        raise UserError(f"{folder} does not name the checkpoint it adapts: pass --checkpoint")
-    base = open_checkpoint(str(source))
+    base = open_checkpoint(base_of(folder, description, adapter, checkpoint))
     if description is not None and description.get("fingerprint") != fingerprint(base):
         raise UserError(
             f"{folder} adapts {description.get('checkpoint')!r}, whose weights are not those of "
@@ -196,6 +199,11 @@ def _check_fit(job: _Merge, folder: Path) -> None:
                 f"{folder} adapts {module} with a weight of {delta}, and {job.base.source} has "
                 f"{found}: pass the --checkpoint it was trained on"
             )
+    if job.adapter.value_head is not None:
+        hidden = job.base.shapes["language_model.model.embed_tokens.weight"][1]
+        with torch.device("meta"):
+            head = ValueHead(hidden)
+        head.check_fit(job.adapter.value_head, str(folder))
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
@@ -24,6 +25,7 @@ from roadvla.policy.openvla.preprocess import (
     read_preprocessing,
 )
 from roadvla.policy.openvla.prompt import PromptTokenizer
+from roadvla.policy.openvla.storage import first_line
 from roadvla.policy.openvla.value_head import ValueHead
 from roadvla.types import PolicyOutput
 
@@ -72,8 +74,14 @@ class OpenVLA(Network):
         statistics = read_statistics(checkpoint.folder)
         if statistics is not None:
             architecture = replace(architecture, norm_stats=statistics)
-        with torch.device("meta"):
-            model = cls(architecture, checkpoint)
+        try:
+            with torch.device("meta"):
+                model = cls(architecture, checkpoint)
+        except (ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as error:
+            raise UserError(
+                f"{checkpoint.folder / 'config.json'}: text_config describes no Llama that "
+                f"transformers can build ({first_line(error)})"
+            ) from error
         head = ValueHead(architecture.hidden)
         model.value_head = head
         head.reset()
@@ -88,7 +96,7 @@ class OpenVLA(Network):
     # What goes in and what comes out.
 
     def preprocess(
-        self, images: Tensor | np.ndarray, *, method: str = "tensor"
+        self, images: Tensor | np.ndarray, *, method: str = "pil"
     ) -> Float[Tensor, "B C S S"]:
         """Resize (bicubic, aspect ignored) and normalize frames for each tower.
 
@@ -132,7 +140,11 @@ class OpenVLA(Network):
         if norm_key is None and len(known) != 1:
             raise UserError(
                 f"the checkpoint has action statistics for {len(known)} data sets ({names}): "
-                f"choose one with --norm-key"
+                + (
+                    "choose one with --norm-key (norm_key in Python)"
+                    if known
+                    else "put its dataset_statistics.json beside it"
+                )
             )
         key = next(iter(known)) if norm_key is None else norm_key
         if key not in known:

@@ -91,7 +91,7 @@ class Network(nn.Module):
         # The last action token predicts nothing that is read, so it is not fed.
         columns = lengths.unsqueeze(1) + ahead[:-1]
         fed = F.pad(ids, (0, NUM_TOKENS - 1), value=self.architecture.pad_token_id)
-        fed = fed.scatter(1, columns, token_ids(action_tokens[:, :-1]))
+        fed = fed.scatter(1, columns, token_ids(action_tokens[:, :-1].long()))
         positions = self._state_positions(lengths).unsqueeze(1) + ahead
         states, _ = self._run(self._sequence(pixel_values, fed), positions)
         return self._action_logits(states), self.value_head(states[:, 0])

@@ -79,12 +79,10 @@ def load_openvla(
     folder = Path(folder)
     description = read_description(folder)
     adapter = read_adapter(folder)
-    base = checkpoint or (description or {}).get("checkpoint") or adapter.base
-    if base is None:
-        raise UserError(f"{folder} does not name the checkpoint it adapts: pass --checkpoint")
+    base = base_of(folder, description, adapter, checkpoint)
     if settings is None:
         settings = recorded_settings(folder, adapter)
-    model = _base(str(base), settings, device)
+    model = _base(base, settings, device)
     if description is not None:
         _check_base(model, description, folder)
     policy = OpenVLAPolicy(model, settings, norm_stats=adapter.norm_stats)
@@ -143,6 +141,11 @@ def recorded_settings(folder: Path, adapter: Adapter | None = None) -> OpenVLASe
     description = read_description(folder)
     if description is None:
         adapter = adapter or read_adapter(folder)
+        if adapter.alpha != int(adapter.alpha):
+            raise UserError(
+                f"{folder} has lora_alpha {adapter.alpha:g}, only whole numbers can be trained on: "
+                f"merge it with `roadvla export {folder} --to DIR`, and pass --checkpoint DIR"
+            )
         return OpenVLASettings(
             lora_rank=adapter.rank,
             lora_alpha=int(adapter.alpha),
@@ -155,6 +158,31 @@ def recorded_settings(folder: Path, adapter: Adapter | None = None) -> OpenVLASe
             f"{folder / DESCRIPTION} was written by another version of roadvla: its settings do "
             f"not fit ({error})"
         ) from error
+
+
+def base_of(
+    folder: Path, description: dict[str, Any] | None, adapter: Adapter, checkpoint: str | None
+) -> str:
+    """Say where the base of a policy folder is.
+
+    Args:
+        folder: Named in errors.
+        description: Its ``policy.json``, if it has one.
+        adapter: Read from it.
+        checkpoint: Goes before what the folder says.
+
+    Raises:
+        UserError: If the folder names none, or one on another machine.
+    """
+    base = checkpoint or (description or {}).get("checkpoint") or adapter.base
+    if base is None:
+        raise UserError(f"{folder} does not name the checkpoint it adapts: pass --checkpoint")
+    if checkpoint is None and Path(base).is_absolute() and not Path(base).exists():
+        raise UserError(
+            f"{folder} adapts the checkpoint {base}, which is not here: say where it is with "
+            f"--checkpoint (to train: --checkpoint BASE --init {folder})"
+        )
+    return str(base)
 
 
 def read_description(folder: Path) -> dict[str, Any] | None:

@@ -42,6 +42,15 @@ class ValueHead(nn.Module):
         Raises:
             UserError: If names or shapes are others.
         """
+        self.check_fit(weights, source)
+        self.load_state_dict({name: weight.float() for name, weight in weights.items()})
+
+    def check_fit(self, weights: Mapping[str, Tensor], source: str) -> None:
+        """Compare stored weights' names and shapes with this head's.
+
+        Raises:
+            UserError: If one is another.
+        """
         own = self.state_dict()
         for name in sorted(own.keys() | weights.keys()):
             if name not in own or name not in weights or own[name].shape != weights[name].shape:
@@ -51,7 +60,6 @@ class ValueHead(nn.Module):
                     f"the value head of {source} does not fit: {name} is {found}, expected "
                     f"{wanted}; only RL4VLA's head on the first action token's state is supported"
                 )
-        self.load_state_dict({name: weight.float() for name, weight in weights.items()})
 
     def reset(self, seed: int = 0) -> None:
         """Draw the initial weights."""
