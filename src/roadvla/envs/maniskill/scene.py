@@ -1,0 +1,385 @@
+"""The one scene of the suite: a WidowX, a table, and the bodies that an episode asks for."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import sapien
+import torch
+from jaxtyping import Bool, Float
+from mani_skill.envs.sapien_env import BaseEnv
+from mani_skill.utils.structs import Actor, Pose, SimConfig
+from torch import Tensor
+
+from roadvla.envs.maniskill.agent import CAMERA, CONTROL, WidowX
+from roadvla.envs.maniskill.assets import asset_folders
+from roadvla.envs.maniskill.bodies import build_body, build_stage
+from roadvla.envs.maniskill.episodes import Episodes, decode, total
+from roadvla.envs.maniskill.frames import Frames
+from roadvla.envs.maniskill.instructions import instructions
+from roadvla.envs.maniskill.judge import Progress, on_receptacle
+from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES, half_sizes, read_boxes
+from roadvla.envs.maniskill.poses import (
+    ROBOT_LIFT,
+    ROBOT_POSE,
+    SETTLE_SPEED,
+    SETTLE_SUBSTEPS,
+    object_poses,
+    receptacle_poses,
+    spawn_poses,
+    start_qpos,
+    teleport_poses,
+)
+from roadvla.envs.maniskill.rendering import (
+    HEIGHT,
+    ROBOT_ROUGHNESS,
+    ROBOT_SPECULAR,
+    WIDTH,
+    load_lights,
+    render_device,
+    shader_config,
+)
+from roadvla.envs.maniskill.settings import Fixes, variant
+from roadvla.envs.maniskill.shifts import DistractorReceptacle
+
+Build = Literal["chosen", "all"]
+
+
+class PutOnPlateScene(BaseEnv):
+    """B scenes of one id of the suite.
+
+    ``reset`` takes ``options`` with ``obj_set`` (train, test or all) and ``episode_id`` (int64 [B];
+    drawn from torch's global generator without it, as in RL4VLA).
+
+    Args:
+        env_id: RL4VLA's id, or the paper's alias.
+        build: ``chosen`` builds the bodies of each episode anew at every reset: nothing is left
+            over from earlier episodes. ``all`` builds everything once, as RL4VLA does, and parks
+            what an episode does not use: resets on a GPU are cheap then.
+        size: Height and width of frames.
+        shader: Of ``rendering.SHADERS``; ``None`` to draw nothing.
+        fixes: Oddities of RL4VLA to put right.
+        stand_ins: Whether plain shapes may replace missing meshes.
+        kwargs: ``BaseEnv``'s.
+    """
+
+    SUPPORTED_OBS_MODES = ("rgb+segmentation", "none")
+    SUPPORTED_REWARD_MODES = ("none",)
+
+    def __init__(
+        self,
+        *,
+        env_id: str,
+        build: Build = "chosen",
+        size: tuple[int, int] = (HEIGHT, WIDTH),
+        shader: str | None = "one_pass",
+        fixes: dict[str, bool] | None = None,
+        stand_ins: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        self.variant = variant(env_id, Fixes(**(fixes or {})))
+        self.build, self._stand_ins, self._draws = build, stand_ins, shader is not None
+        self.size = tuple(size)
+        self._folders = asset_folders()
+        self._boxes = (
+            read_boxes(self._folders.objects / "model_db.json", OBJECTS),
+            read_boxes(self._folders.receptacles / "model_db.json", RECEPTACLES),
+        )
+        self.obj_set = "train"
+        self._frames: Frames | None = None
+        kwargs.setdefault("control_mode", CONTROL)
+        kwargs.setdefault("obs_mode", "rgb+segmentation" if self._draws else "none")
+        cameras: dict[str, Any] = {}
+        if shader is not None:
+            cameras = {CAMERA: {"shader_config": shader_config(shader), **_camera(self.size)}}
+        super().__init__(
+            robot_uids=WidowX, render_backend="none", sensor_configs=cameras, **kwargs
+        )
+
+    @property
+    def _default_sim_config(self) -> SimConfig:
+        return SimConfig(sim_freq=500, control_freq=5, spacing=20)
+
+    @property
+    def instructions(self) -> list[str]:
+        """What each running episode asks for."""
+        return instructions(self.variant, self.episodes)
+
+    # Building.
+
+    def _setup_scene(self) -> None:
+        if self._draws and self._render_device is None:
+            self._render_device = self.backend.render_device = render_device()
+        super()._setup_scene()
+
+    def _load_agent(self, options: dict[str, Any]) -> None:  # type: ignore[override]
+        super()._load_agent(options, sapien.Pose(ROBOT_POSE[:3], ROBOT_POSE[3:]))
+
+    def _load_lighting(self, options: dict[str, Any]) -> None:
+        load_lights(self.scene)
+
+    def _load_scene(self, options: dict[str, Any]) -> None:
+        build_stage(self.scene, self._folders, stand_ins=self._stand_ins)
+        if self._draws:
+            _polish(self.agent.robot)
+        if self.build == "all":
+            self._objects = [
+                self._build("object", i, None) for i in range(self.variant.built_objects)
+            ]
+            self._receptacles = [
+                self._build("receptacle", i, None) for i in range(self.variant.built_receptacles)
+            ]
+        else:
+            self._load_chosen()
+
+    def _load_chosen(self) -> None:
+        """Build each episode's own bodies; a distractor that is the target is built once."""
+        episodes, kind = self.episodes, self._distractor_kind
+        chosen = {"object": [], "receptacle": [], "distractor": []}
+        rows = zip(
+            episodes.object.tolist(),
+            episodes.receptacle.tolist(),
+            episodes.distractor.tolist(),
+            strict=True,
+        )
+        for place, (target, receptacle, distractor) in enumerate(rows):
+            chosen["object"].append(self._build("object", target, place))
+            chosen["receptacle"].append(self._build("receptacle", receptacle, place))
+            if distractor >= 0:
+                same = kind == "object" and distractor == target
+                body = chosen["object"][-1] if same else self._build(kind, distractor, place)
+                chosen["distractor"].append(body)
+        self._chosen_bodies = chosen
+
+    def _build(self, kind: str, index: int, place: int | None) -> Actor:
+        objects = kind == "object"
+        model = (OBJECTS if objects else RECEPTACLES)[index]
+        return build_body(
+            self.scene,
+            self._folders.objects if objects else self._folders.receptacles,
+            model,
+            name=f"{kind}-{index}" if place is None else f"{kind}-{index}-{place}",
+            stand_ins=self._stand_ins,
+            scenes=None if place is None else [place],
+        )
+
+    @property
+    def _distractor_kind(self) -> str:
+        receptacle = isinstance(self.variant.shift, DistractorReceptacle)
+        return "receptacle" if receptacle else "object"
+
+    # Starting an episode.
+
+    def reset(
+        self, seed: Any = None, options: dict[str, Any] | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        """Start B episodes (see the class).
+
+        Raises:
+            UserError: If there is no such set.
+            ValueError: If there are not B ids, or they are not int64 or negative.
+        """
+        options = dict(options or {})
+        self.obj_set = options.get("obj_set", "train")
+        self.episodes = self._choose(options.get("episode_id"))
+        self._steps, self._judged = 0, -1
+        if self.build == "chosen":
+            options["reconfigure"] = True
+        return super().reset(seed, options)
+
+    def _choose(self, episode_ids: Any) -> Episodes:
+        if episode_ids is None:
+            count = total(self.variant, self.obj_set)
+            episode_ids = torch.randint(0, count, (self.num_envs,), dtype=torch.int64)
+        ids = torch.as_tensor(episode_ids, device=self.device)
+        if ids.shape != (self.num_envs,):
+            raise ValueError(f"got {tuple(ids.shape)} episode ids, expected ({self.num_envs},)")
+        return decode(self.variant, self.obj_set, ids)
+
+    def _initialize_episode(self, env_idx: Tensor, options: dict[str, Any]) -> None:
+        if len(env_idx) != self.num_envs:
+            raise ValueError("episodes of this scene start together")
+        episodes = self.episodes
+        base = torch.tensor(ROBOT_POSE, device=self.device).expand(self.num_envs, 7)
+        lifted = base.clone()
+        lifted[:, 2] += ROBOT_LIFT
+        self.agent.robot.set_pose(Pose.create(lifted))
+        self._place_bodies()
+        self.spawned = self._body_poses()
+        self.settle_substeps = self._settle()
+        self.agent.robot.set_pose(Pose.create(base.clone()))
+        self.agent.reset(start_qpos(self.variant, episodes).to(self.device))
+        self.settled = self._body_poses()
+        turned = self.settled[:, :, 3:]
+        self.half_sizes = torch.stack(
+            [
+                half_sizes(self._boxes[0], episodes.object, turned[:, 0]),
+                half_sizes(self._boxes[1], episodes.receptacle, turned[:, 1]),
+            ],
+            dim=1,
+        )
+        self.teleported: Tensor | None = None
+        self.progress = Progress.start(self.num_envs, self.device)
+        if self._draws:
+            if self._frames is None:
+                self._frames = Frames(self.variant, self._folders, self.size, self.device)
+            self._frames.start(episodes)
+            self._keep = self._kept_ids()
+
+    def _place_bodies(self) -> None:
+        episodes, kind = self.episodes, self._distractor_kind
+        if self.build == "all":
+            for bodies, poses in (
+                (self._objects, object_poses(self.variant, episodes)),
+                (self._receptacles, receptacle_poses(self.variant, episodes)),
+            ):
+                for index, body in enumerate(bodies):
+                    body.set_pose(Pose.create(poses[:, index].to(self.device)))
+            pick = {"object": self._objects, "receptacle": self._receptacles}
+            self.target = self._view(pick["object"], episodes.object, "target")
+            self.receptacle = self._view(pick["receptacle"], episodes.receptacle, "goal")
+            some = bool((episodes.distractor >= 0).all())
+            self.distractor = (
+                self._view(pick[kind], episodes.distractor, "distractor") if some else None
+            )
+        else:
+            chosen = self._chosen_bodies
+            self.target = _merge(chosen["object"], "target")
+            self.receptacle = _merge(chosen["receptacle"], "goal")
+            self.distractor = _merge(chosen["distractor"], "distractor")
+            poses = spawn_poses(self.variant, episodes).to(self.device)
+            for slot, body in enumerate(self._bodies()):
+                body.set_pose(Pose.create(poses[:, slot]))
+        if self.gpu_sim_enabled:
+            self.scene._gpu_apply_all()
+
+    def _view(self, bodies: list[Actor], index: Tensor, name: str) -> Actor:
+        """One actor that stands for another body in each scene."""
+        entities = [bodies[i]._objs[place] for place, i in enumerate(index.tolist())]
+        places = torch.arange(self.num_envs, device=self.device)
+        return Actor.create_from_entities(entities, self.scene, places, shared_name=name)
+
+    def _bodies(self) -> list[Actor]:
+        bodies = (self.target, self.receptacle, self.distractor)
+        return [body for body in bodies if body is not None]
+
+    def _body_poses(self) -> Float[Tensor, "B 3 7"]:
+        """Object, receptacle, distractor; NaN without one."""
+        poses = torch.full((self.num_envs, 3, 7), torch.nan, device=self.device)
+        for slot, body in enumerate(self._bodies()):
+            poses[:, slot] = body.pose.raw_pose
+        return poses
+
+    def _settle(self) -> tuple[int, ...]:
+        """Let the bodies fall: shortly, then longer if any of the batch still moves."""
+        first, more = SETTLE_SUBSTEPS
+        self._advance(first)
+        bodies = self._bodies()
+        speed = sum(float(body.linear_velocity.norm()) for body in bodies)
+        turn = sum(float(body.angular_velocity.norm()) for body in bodies)
+        if speed <= SETTLE_SPEED[0] and turn <= SETTLE_SPEED[1]:
+            return (first,)
+        self._advance(more)
+        return first, more
+
+    def _advance(self, substeps: int) -> None:
+        if self.gpu_sim_enabled:
+            self.scene._gpu_apply_all()
+        for _ in range(substeps):
+            self.scene.step()
+        if self.gpu_sim_enabled:
+            self.scene._gpu_fetch_all()
+
+    # A step.
+
+    def _step_action(self, action: Any) -> Any:
+        action = super()._step_action(action)
+        self._steps += 1
+        if self._steps == self.variant.reposition_step(self.obj_set):
+            self._reposition()
+        return action
+
+    def _reposition(self) -> None:
+        """Lift the object to its new place, in mid-air, and let the world go on for a moment."""
+        pose = teleport_poses(self.variant, self.episodes).to(self.device)
+        self.target.set_pose(Pose.create(pose))
+        self.teleported = pose
+        self._advance(SETTLE_SUBSTEPS[0])
+
+    def evaluate(self) -> dict[str, Tensor]:
+        """Judge the state; asking again in the same step changes nothing."""
+        if self._judged != self._steps:
+            self._judged = self._steps
+            self._judge()
+        progress = self.progress
+        return {
+            "is_src_obj_grasped": progress.grasped,
+            "consecutive_grasp": progress.consecutive_grasp,
+            "src_on_target": progress.success,
+            "success": progress.success,
+            "success_once": progress.success_once,
+            **self.distances,
+        }
+
+    def _judge(self) -> None:
+        """Three contact queries and four poses, however many bodies there are."""
+        target, goal = self.target.pose.p, self.receptacle.pose.p
+        force = self.scene.get_pairwise_contact_forces(self.target, self.receptacle)
+        success = on_receptacle(
+            target, goal, self.half_sizes[:, 0], self.half_sizes[:, 1], force
+        )
+        self.progress = self.progress.after(self.agent.is_grasping(self.target), success)
+        fingers = (self.agent.finger1_link.pose.p + self.agent.finger2_link.pose.p) / 2
+        self.distances = {
+            "gripper_carrot_dist": (fingers - target).norm(dim=1),
+            "gripper_plate_dist": (fingers - goal).norm(dim=1),
+            "carrot_plate_dist": (target - goal).norm(dim=1),
+        }
+
+    # Pictures.
+
+    def _get_obs_sensor_data(self, apply_texture_transforms: bool = True) -> dict[str, Any]:
+        data = super()._get_obs_sensor_data(apply_texture_transforms)
+        assert self._frames is not None
+        camera = data[CAMERA]
+        segmentation = camera["segmentation"][..., 0]
+        camera["rgb"] = self._frames.compose(camera["rgb"], segmentation, self._keep)
+        return data
+
+    def _kept_ids(self) -> Bool[Tensor, " K"]:
+        """Of each segmentation id, whether it is the robot or a body."""
+        ids = [link._objs[0].entity.per_scene_id for link in self.agent.robot.links]
+        ids += [
+            entity.per_scene_id
+            for actor in self.scene.actors.values()
+            if actor.name != "arena"
+            for entity in actor._objs
+        ]
+        keep = torch.zeros(max(ids) + 1024, dtype=torch.bool, device=self.device)
+        keep[torch.tensor(ids, device=self.device)] = True
+        return keep
+
+
+def _merge(bodies: list[Actor], name: str) -> Actor | None:
+    return Actor.merge(bodies, name) if bodies else None
+
+
+def _polish(robot: Any) -> None:
+    for link in robot.links:
+        for part in link._objs:
+            component = part.entity.find_component_by_type(sapien.render.RenderBodyComponent)
+            for shape in component.render_shapes if component is not None else ():
+                for piece in shape.parts:
+                    piece.material.set_specular(ROBOT_SPECULAR)
+                    piece.material.set_roughness(ROBOT_ROUGHNESS)
+
+
+def _camera(size: tuple[int, int]) -> dict[str, Any]:
+    """The camera at another resolution sees the same."""
+    height, width = size
+    across, down = width / WIDTH, height / HEIGHT
+    intrinsic = np.array(
+        [[623.588 * across, 0, 319.501 * across], [0, 623.588 * down, 239.545 * down], [0, 0, 1]]
+    )
+    return {"width": width, "height": height, "intrinsic": intrinsic}
