@@ -44,10 +44,14 @@ class Frames:
 
     def start(self, episodes: Episodes) -> None:
         """Choose the pictures of new episodes."""
-        names = [TABLES[index] for index in episodes.table.tolist()]
+        self.choose(episodes.table, episodes.extra)
+
+    def choose(self, table: Int[Tensor, " B"], texture: Int[Tensor, " B"]) -> None:
+        """Choose tables and textures by index."""
+        names = [TABLES[index] for index in table.tolist()]
         pictures = [_read(self._folders.tables, name, self._size) for name in names]
         self._background = torch.stack(pictures).to(self._device)
-        self._texture = episodes.extra.to(self._device)
+        self._texture = texture.to(self._device)
 
     def compose(
         self,

@@ -1,0 +1,107 @@
+"""Our scenes against a folder of recorded episodes, quantity by quantity.
+
+The folder holds ``episodes.json`` and ``arrays.npz`` (what each entry means is in the README of such
+a folder): resets, fixed actions, scripted grasps and overlay cases of RL4VLA's own environments.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from roadvla.errors import UserError
+
+
+@dataclass
+class Quantity:
+    """One row of the comparison.
+
+    Attributes:
+        name: What is compared.
+        tolerance: Most it may deviate, in ``unit``.
+        unit: Of the deviation.
+        compared: How many values were.
+        worst: Largest deviation seen.
+        where: Which episode that was.
+        failed: How many values deviate by more than the tolerance.
+    """
+
+    name: str
+    tolerance: float
+    unit: str
+    compared: int = 0
+    worst: float = 0.0
+    where: str = ""
+    failed: int = 0
+
+    def add(self, deviation: np.ndarray | float, where: str) -> None:
+        """Take deviations in; NaN counts as infinite."""
+        values = np.nan_to_num(np.abs(np.asarray(deviation, dtype=np.float64)), nan=np.inf)
+        if values.size == 0:
+            return
+        self.compared += values.size
+        self.failed += int((values > self.tolerance).sum())
+        if float(values.max()) > self.worst or not self.where:
+            self.worst, self.where = float(values.max()), where
+
+
+@dataclass
+class Comparison:
+    """All rows, by name."""
+
+    rows: dict[str, Quantity] = field(default_factory=dict)
+
+    def row(self, name: str, tolerance: float = 0.0, unit: str = "differences") -> Quantity:
+        """Return a row, made if need be."""
+        return self.rows.setdefault(name, Quantity(name, tolerance, unit))
+
+    def same(self, name: str, found: object, expected: object, where: str) -> None:
+        """Compare two values that must be equal."""
+        self.row(name).add(float(found != expected), where)
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing deviates too far and there was something to compare."""
+        compared = any(row.compared for row in self.rows.values())
+        return compared and not any(row.failed for row in self.rows.values())
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A folder of recorded episodes.
+
+    Attributes:
+        facts: ``episodes.json``.
+        arrays: ``arrays.npz``.
+    """
+
+    facts: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+
+
+def read_recording(folder: Path) -> Recording:
+    """Read a folder of recorded episodes; nothing is unpickled.
+
+    Raises:
+        UserError: If it is missing, damaged, or of another layout.
+    """
+    folder = Path(folder)
+    try:
+        facts = json.loads((folder / "episodes.json").read_text(encoding="utf-8"))
+        with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        facts["episodes"], facts["actions"]
+    except OSError as error:
+        raise UserError(
+            f"cannot read {folder} ({error.strerror or error}): a folder with episodes.json and "
+            f"arrays.npz is needed"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} holds no recorded episodes in this layout ({error})") from error
+    return Recording(facts, arrays)

@@ -1,0 +1,310 @@
+"""Plays recorded episodes in our scenes and says how far each quantity is off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from roadvla.envs.maniskill.assets import asset_folders
+from roadvla.envs.maniskill.episodes import encode, total
+from roadvla.envs.maniskill.frames import Frames
+from roadvla.envs.maniskill.golden import Comparison, Recording
+from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES
+from roadvla.envs.maniskill.overlays import bounding_boxes, kept, opacity
+from roadvla.envs.maniskill.positions import positions
+from roadvla.envs.maniskill.scene import Build, PutOnPlateScene
+from roadvla.envs.maniskill.settings import variant
+from roadvla.envs.maniskill.shifts import DistractorReceptacle, TextureShift, WholeImageShift
+
+_EXTRAS = ("texture_index", "template_index", "qpos_offset_index")
+_BLOCK = 16
+# Beyond these a body that was seen to depend on rounding may come to rest elsewhere.
+_UNSTABLE_HEIGHT, _UNSTABLE_POSITION = 5e-3, 4e-2
+
+
+def compare(
+    recording: Recording,
+    *,
+    shader: str | None,
+    stand_ins: bool,
+    build: Build = "all",
+    progress: Callable[[int], None],
+) -> Comparison:
+    """Play all recorded episodes and grasps, and compose the overlay cases.
+
+    Args:
+        recording: From ``read_recording``.
+        shader: What pictures are drawn with; ``None`` leaves out what needs pictures.
+        stand_ins: Whether plain shapes may replace missing meshes.
+        build: Which bodies the scenes hold: ``all`` as in the recording.
+        progress: Told how many episodes have been played.
+    """
+    result = Comparison()
+    _totals(recording, result)
+    played = 0
+    jobs = [(entry, _arrays(recording, entry["index"]), recording.facts["image_steps"])
+            for entry in recording.facts["episodes"]]
+    jobs += [(entry, _grasp(recording, entry["k"]), entry["image_steps"])
+             for entry in recording.facts.get("grasps", ())]
+    for env_id, group in groupby(sorted(jobs, key=_env_id), key=_env_id):
+        scene = PutOnPlateScene(env_id=env_id, build=build, shader=shader, stand_ins=stand_ins)
+        for entry, arrays, steps in group:
+            _Play(scene, entry, arrays, steps, result, pictures=shader is not None).run()
+            played += 1
+            progress(played)
+        scene.close()
+    _composites(recording, result)
+    return result
+
+
+def _env_id(job: tuple[dict[str, Any], Any, Any]) -> str:
+    return job[0]["env_id"]
+
+
+def _arrays(recording: Recording, index: int) -> dict[str, np.ndarray]:
+    count = len(recording.facts["episodes"])
+    rows = {n: a[index] for n, a in recording.arrays.items() if len(a) == count}
+    return {**rows, "actions": recording.arrays["actions"]}
+
+
+def _grasp(recording: Recording, k: int) -> dict[str, np.ndarray]:
+    prefix = f"grasp_{k}_"
+    return {n.removeprefix(prefix): a for n, a in recording.arrays.items() if n.startswith(prefix)}
+
+
+def _totals(recording: Recording, result: Comparison) -> None:
+    for env_id, sets in recording.facts.get("totals", {}).items():
+        for name, count in sets.items():
+            result.same("totals", total(variant(env_id), name), count, f"{env_id} {name}")
+
+
+class _Play:
+    """One episode: reset, actions, comparison."""
+
+    def __init__(
+        self,
+        scene: PutOnPlateScene,
+        entry: dict[str, Any],
+        arrays: dict[str, np.ndarray],
+        image_steps: Sequence[int],
+        result: Comparison,
+        *,
+        pictures: bool,
+    ) -> None:
+        self.scene, self.entry, self.arrays, self.result = scene, entry, arrays, result
+        self.image_steps, self.pictures = list(image_steps), pictures
+        self.where = f"{entry['env_id']} {entry['obj_set']} {entry['episode_id']}"
+        self.stable = bool(entry.get("order_sensitivity", {}).get("stable", True))
+        self.grasp = "k" in entry
+
+    def run(self) -> None:
+        """Play it."""
+        ids = torch.tensor([self.entry["episode_id"]], dtype=torch.int64)
+        options = {"obj_set": self.entry["obj_set"], "episode_id": ids, "reconfigure": True}
+        self.scene.reset(seed=0, options=options)
+        self._contents()
+        self._reset()
+        flags = [self._flags()]
+        self._state(0)
+        for step, action in enumerate(torch.from_numpy(self.arrays["actions"]), start=1):
+            self.scene.step(action[None])
+            flags.append(self._flags())
+            self._state(step)
+        self._teleport()
+        self._outcome(np.array(flags))
+
+    def _contents(self) -> None:
+        entry, scene, episodes = self.entry, self.scene, self.scene.episodes
+        others = RECEPTACLES if isinstance(scene.variant.shift, DistractorReceptacle) else OBJECTS
+        for kind, models in (
+            ("object", OBJECTS), ("receptacle", RECEPTACLES), ("distractor", others),
+        ):
+            index = int(getattr(episodes, kind))
+            found = None
+            if index >= 0:
+                model = models[index]
+                found = {"index": index, "model": model.folder, "name": model.name}
+            self._same("names and indices", found, entry[kind])
+        digits = {
+            "table_index": int(episodes.table),
+            "pos_index": int(episodes.position),
+            "yaw_index": int(episodes.yaw),
+            **{name: int(episodes.extra) for name in _EXTRAS if name in entry},
+        }
+        for name, index in digits.items():
+            self._same("names and indices", index, entry[name])
+        self._same("instruction", scene.instructions, [entry["instruction"]])
+        self._same("totals", total(scene.variant, entry["obj_set"]), entry["total"])
+        self._same(
+            "totals",
+            encode(scene.variant, entry["obj_set"], episodes).tolist(),
+            [entry["episode_id_mod_total"]],
+        )
+        counts = {
+            "objects_built": scene.variant.built_objects,
+            "receptacles_built": scene.variant.built_receptacles,
+            "positions": len(positions(scene.variant.layout)),
+            "yaws": scene.variant.yaws.all.stop,
+        }
+        self._same("counts", counts, entry["counts"])
+        shift = scene.variant.shift
+        if isinstance(shift, TextureShift | WholeImageShift):
+            mix = float(opacity(shift, episodes.extra)) - entry["texture_mix"]
+            self._add("texture_mix", 1e-6, "", mix)
+
+    def _reset(self) -> None:
+        scene, arrays = self.scene, self.arrays
+        self._same("settle steps", list(scene.settle_substeps), self.entry["settle_substeps"])
+        base = scene.agent.robot.pose.raw_pose[0].numpy()
+        self._add("robot_base_pose", 1e-6, "m", base - self.entry["robot_base_pose"])
+        self._add("spawn", 1e-6, "m", _where_set(scene.spawned[0].numpy(), arrays["spawn"]))
+        qpos = scene.agent.robot.get_qpos()[0].numpy()
+        self._add("reset_qpos", 1e-6, "rad, m", qpos - arrays["qpos"][0])
+        self._bodies("settled bodies", scene.settled[0].numpy(), arrays["settled"], settled=True)
+        if self.stable:
+            half = scene.half_sizes[0].numpy() - arrays["obj_rec_half_sizes"]
+            self._add("half sizes", 1e-3, "m", half)
+
+    def _state(self, step: int) -> None:
+        scene, arrays = self.scene, self.arrays
+        controller = scene.agent.controller.controllers["arm"]
+        target = controller._target_pose.raw_pose[0].numpy()
+        touched = self.grasp or self.entry.get("teleport")
+        if not touched or self.stable:
+            loose = 1e-3 if touched else 1e-4
+            name = "qpos, in contact" if touched else "qpos"
+            qpos = scene.agent.robot.get_qpos()[0].numpy() - arrays["qpos"][step]
+            self._add(name, loose, "rad, m", qpos)
+            hand = controller.ee_pose.raw_pose[0].numpy()
+            name = "end effector, in contact" if touched else "end effector"
+            self._pose(name, hand, arrays["ee_world"][step], loose, loose)
+        self._pose("controller's target", target, arrays["ee_target_base"][step], 1e-5, 1e-5)
+        bodies = scene._body_poses()[0].numpy()
+        if not (self.entry.get("teleport") and not self.stable):
+            self._bodies("bodies along the actions", bodies, arrays["body_poses"][step])
+        if self.stable:
+            own = np.array([float(value) for value in scene.distances.values()])
+            self._add("distances", 2e-3, "m", own - arrays["dists"][step])
+        if self.pictures and step in self.image_steps:
+            self._picture(self.image_steps.index(step))
+
+    def _bodies(
+        self, name: str, found: np.ndarray, expected: np.ndarray, *, settled: bool = False
+    ) -> None:
+        for own, recorded in zip(found, expected, strict=True):
+            if np.isnan(recorded).any():
+                self._same("bodies there are", bool(np.isnan(own).all()), True)
+            elif self.stable:
+                self._pose(name, own, recorded, 1e-3, 2e-2)
+            elif settled:
+                self._add("settled, unstable: height", _UNSTABLE_HEIGHT, "m", own[2] - recorded[2])
+                off = own[:2] - recorded[:2]
+                self._add("settled, unstable: position", _UNSTABLE_POSITION, "m", off)
+
+    def _picture(self, frame: int) -> None:
+        data = self.scene._get_obs_sensor_data()["3rd_view_camera"]
+        image = data["rgb"][0].numpy().astype(np.float64)
+        mask = kept(data["segmentation"][..., 0], self.scene._keep)
+        seg = self._seg(data["segmentation"][0, ..., 0].numpy(), mask)
+        if not self.stable:
+            return
+        rows, columns = image.shape[0] // _BLOCK, image.shape[1] // _BLOCK
+        small = image.reshape(rows, _BLOCK, columns, _BLOCK, 3).mean(axis=(1, 3))
+        small = np.floor(small + 0.5)
+        off = np.abs(small - self.arrays["images"][frame])
+        self._add("images, mean", 0.5, "of 255", off.mean())
+        self._add("images, block", 12, "of 255", off.max())
+        recorded = self.arrays["seg"][frame]
+        for index in range(5):
+            if recorded[index] >= 0:
+                allowed = 0.02 * recorded[index] + 30
+                self._add("pixels / allowed", 1.0, "", (seg[index] - recorded[index]) / allowed)
+        self._add("box of pixels", 3, "pixels", seg[5:] - recorded[5:])
+        if frame == 0:
+            share = float(mask.float().mean()) * mask.numel()
+            recorded_share = self.entry["foreground_fraction"] * mask.numel()
+            allowed = 0.02 * recorded_share + 30
+            self._add("foreground / allowed", 1.0, "", (share - recorded_share) / allowed)
+
+    def _seg(self, ids: np.ndarray, mask: torch.Tensor) -> np.ndarray:
+        scene = self.scene
+        robot = [link._objs[0].entity.per_scene_id for link in scene.agent.robot.links]
+        counts = [int(mask.sum()), int(np.isin(ids, robot).sum())]
+        for body in (scene.target, scene.receptacle, scene.distractor):
+            own = -1 if body is None else int((ids == body._objs[0].per_scene_id).sum())
+            counts.append(own)
+        return np.array([*counts, *bounding_boxes(mask)[0].tolist()])
+
+    def _teleport(self) -> None:
+        recorded, scene = self.entry.get("teleport"), self.scene
+        own = scene.teleported
+        self._same("teleports", own is not None, recorded is not None)
+        if recorded and own is not None:
+            step = scene.variant.reposition_step(self.entry["obj_set"])
+            self._same("teleport step", step, recorded["step"])
+            self._add("teleport pose", 1e-6, "m", own[0].numpy() - self.arrays["teleport"][0])
+
+    def _flags(self) -> list[int]:
+        progress = self.scene.progress
+        flags = (progress.grasped, progress.consecutive_grasp, progress.success, progress.success)
+        return [int(flag) for flag in flags]
+
+    def _outcome(self, flags: np.ndarray) -> None:
+        recorded = self.arrays["flags"]
+        self._same("flags at the end", flags[-1].tolist(), recorded[-1].tolist())
+        for column in range(3):
+            own, theirs = (_first(f[:, column]) for f in (flags, recorded))
+            self._add("first step of a flag", 1 if self.grasp else 0, "steps", own - theirs)
+
+    def _pose(
+        self, name: str, own: np.ndarray, recorded: np.ndarray, far: float, turned: float
+    ) -> None:
+        self._add(f"{name}: position", far, "m", own[:3] - recorded[:3])
+        self._add(f"{name}: rotation", turned, "rad", _angle(own[3:], recorded[3:]))
+
+    def _same(self, name: str, found: object, expected: object) -> None:
+        self.result.same(name, found, expected, self.where)
+
+    def _add(self, name: str, tolerance: float, unit: str, deviation: np.ndarray | float) -> None:
+        self.result.row(name, tolerance, unit).add(deviation, self.where)
+
+
+def _composites(recording: Recording, result: Comparison) -> None:
+    """Overlay arithmetic on recorded renders, without a renderer."""
+    for case in recording.facts.get("composites", ()):
+        arrays, k = recording.arrays, case["k"]
+        mask = np.unpackbits(arrays[f"composite_{k}_mask"], axis=1).astype(np.int64)
+        row = variant(case["env_id"])
+        frames = Frames(row, asset_folders(), mask.shape, torch.device("cpu"))
+        texture = case["texture_index"] or 0
+        frames.choose(torch.tensor([case["table_index"]]), torch.tensor([texture]))
+        out = frames.compose(
+            torch.from_numpy(arrays[f"composite_{k}_rgb"])[None],
+            torch.from_numpy(mask)[None],
+            torch.tensor([False, True]),
+        )
+        off = out[0, ::2, ::2].int().numpy() - arrays[f"composite_{k}_out"].astype(np.int32)
+        result.row("overlay arithmetic", 1, "of 255").add(off, f"composite {k}")
+
+
+def _where_set(own: np.ndarray, recorded: np.ndarray) -> np.ndarray:
+    """Differences where either is a number."""
+    none = np.isnan(own) & np.isnan(recorded)
+    return (own - recorded)[~none]
+
+
+def _angle(first: np.ndarray, second: np.ndarray) -> float:
+    """Angle between two rotations, from the chord between their quaternions: exact for small ones."""
+    a, b = (q.astype(np.float64) / np.linalg.norm(q.astype(np.float64)) for q in (first, second))
+    chord = min(np.linalg.norm(a - b), np.linalg.norm(a + b))
+    return float(4 * np.arcsin(chord / 2))
+
+
+def _first(flags: np.ndarray) -> int:
+    """The first step at which a flag is true; one past the last if it never is."""
+    return int(flags.argmax()) if flags.any() else len(flags)
