@@ -47,9 +47,7 @@ def build_body(
     folder = models / model.folder
     builder = scene.create_actor_builder()
     collision = str(require(folder / COLLISION))
-    material = PhysxMaterial(
-        static_friction=_FRICTION, dynamic_friction=_FRICTION, restitution=0.0
-    )
+    material = PhysxMaterial(static_friction=_FRICTION, dynamic_friction=_FRICTION, restitution=0.0)
     scale = [model.scale] * 3
     builder.add_multiple_convex_collisions_from_file(
         filename=collision, scale=scale, material=material, density=model.density
@@ -59,7 +57,9 @@ def build_body(
         grey = sapien.render.RenderMaterial(base_color=_STAND_IN_COLOUR)
         builder.add_visual_from_file(filename=collision, scale=scale, material=grey)
     elif scene.can_render():
-        builder.add_visual_from_file(filename=str(visual or require(folder / "textured.glb")), scale=scale)
+        builder.add_visual_from_file(
+            filename=str(visual or require(folder / "textured.glb")), scale=scale
+        )
     if scenes is not None:
         builder.set_scene_idxs(list(scenes))
     builder.initial_pose = sapien.Pose([0.0, 0.0, 10.0])

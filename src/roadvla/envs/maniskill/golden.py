@@ -1,19 +1,17 @@
 """Our scenes against a folder of recorded episodes, quantity by quantity.
 
-The folder holds ``episodes.json`` and ``arrays.npz`` (what each entry means is in the README of such
-a folder): resets, fixed actions, scripted grasps and overlay cases of RL4VLA's own environments.
+The folder holds ``episodes.json`` and ``arrays.npz``: resets, fixed actions, scripted grasps and
+overlay cases of RL4VLA's own environments. A README in such a folder says what each entry means.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from roadvla.errors import UserError
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -47,10 +46,14 @@ def compare(
     result = Comparison()
     _totals(recording, result)
     played = 0
-    jobs = [(entry, _arrays(recording, entry["index"]), recording.facts["image_steps"])
-            for entry in recording.facts["episodes"]]
-    jobs += [(entry, _grasp(recording, entry["k"]), entry["image_steps"])
-             for entry in recording.facts.get("grasps", ())]
+    jobs = [
+        (entry, _arrays(recording, entry["index"]), recording.facts["image_steps"])
+        for entry in recording.facts["episodes"]
+    ]
+    jobs += [
+        (entry, _grasp(recording, entry["k"]), entry["image_steps"])
+        for entry in recording.facts.get("grasps", ())
+    ]
     for env_id, group in groupby(sorted(jobs, key=_env_id), key=_env_id):
         scene = PutOnPlateScene(env_id=env_id, build=build, shader=shader, stand_ins=stand_ins)
         for entry, arrays, steps in group:
@@ -122,7 +125,9 @@ class _Play:
         entry, scene, episodes = self.entry, self.scene, self.scene.episodes
         others = RECEPTACLES if isinstance(scene.variant.shift, DistractorReceptacle) else OBJECTS
         for kind, models in (
-            ("object", OBJECTS), ("receptacle", RECEPTACLES), ("distractor", others),
+            ("object", OBJECTS),
+            ("receptacle", RECEPTACLES),
+            ("distractor", others),
         ):
             index = int(getattr(episodes, kind))
             found = None
@@ -299,7 +304,7 @@ def _where_set(own: np.ndarray, recorded: np.ndarray) -> np.ndarray:
 
 
 def _angle(first: np.ndarray, second: np.ndarray) -> float:
-    """Angle between two rotations, from the chord between their quaternions: exact for small ones."""
+    """Angle between two rotations; from the chord between quaternions, exact for small ones."""
     a, b = (q.astype(np.float64) / np.linalg.norm(q.astype(np.float64)) for q in (first, second))
     chord = min(np.linalg.norm(a - b), np.linalg.norm(a + b))
     return float(4 * np.arcsin(chord / 2))

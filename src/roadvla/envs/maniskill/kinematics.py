@@ -1,4 +1,4 @@
-"""Iterated inverse kinematics on B arms at once: RL4VLA's on a GPU, where upstream takes one step."""
+"""Iterated inverse kinematics on B arms at once: RL4VLA's; upstream takes one step on a GPU."""
 
 from __future__ import annotations
 

@@ -12,8 +12,9 @@ from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS, ShaderConfig
 
 from roadvla.errors import UserError, unknown_name
 
-Shader = Literal["one_pass", "default"]
-"""``one_pass`` is ours, for processors; ``default`` is SAPIEN's, for GPUs."""
+Shader = Literal["one_pass", "lambert", "default"]
+"""``default`` is SAPIEN's, for GPUs. ``one_pass`` is ours, for processors, and looks the same.
+``lambert`` leaves out reflections and bumps: recorded episodes were drawn so."""
 SHADERS: tuple[Shader, ...] = get_args(Shader)
 
 AMBIENT = (0.3, 0.3, 0.3)
@@ -23,7 +24,7 @@ ROBOT_SPECULAR, ROBOT_ROUGHNESS = 0.9, 0.3
 
 WIDTH, HEIGHT = 640, 480
 
-_PACK = Path(__file__).with_name("shaders") / "one_pass"
+_PACKS = Path(__file__).with_name("shaders")
 
 
 def shader_config(shader: str) -> ShaderConfig:
@@ -39,7 +40,7 @@ def shader_config(shader: str) -> ShaderConfig:
         return PREBUILT_SHADER_CONFIGS["default"]
     sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
     return ShaderConfig(
-        shader_pack=str(_PACK),
+        shader_pack=str(_PACKS / shader),
         texture_names={"Color": ["rgb"], "Segmentation": ["segmentation"]},
         texture_transforms={
             "Color": lambda data: {"rgb": data[..., :3]},
@@ -63,7 +64,7 @@ def render_device() -> sapien.Device:
 
 
 def default_shader(device: torch.device) -> Shader:
-    """Choose by where the physics runs: frames stay on a GPU, and a processor needs the fast one."""
+    """Choose by where the physics runs: a processor needs the fast one."""
     return "default" if device.type == "cuda" else "one_pass"
 
 

@@ -93,9 +93,7 @@ class PutOnPlateScene(BaseEnv):
         cameras: dict[str, Any] = {}
         if shader is not None:
             cameras = {CAMERA: {"shader_config": shader_config(shader), **_camera(self.size)}}
-        super().__init__(
-            robot_uids=WidowX, render_backend="none", sensor_configs=cameras, **kwargs
-        )
+        super().__init__(robot_uids=WidowX, render_backend="none", sensor_configs=cameras, **kwargs)
 
     @property
     def _default_sim_config(self) -> SimConfig:
@@ -326,9 +324,7 @@ class PutOnPlateScene(BaseEnv):
         """Three contact queries and four poses, however many bodies there are."""
         target, goal = self.target.pose.p, self.receptacle.pose.p
         force = self.scene.get_pairwise_contact_forces(self.target, self.receptacle)
-        success = on_receptacle(
-            target, goal, self.half_sizes[:, 0], self.half_sizes[:, 1], force
-        )
+        success = on_receptacle(target, goal, self.half_sizes[:, 0], self.half_sizes[:, 1], force)
         self.progress = self.progress.after(self.agent.is_grasping(self.target), success)
         fingers = (self.agent.finger1_link.pose.p + self.agent.finger2_link.pose.p) / 2
         self.distances = {

@@ -1,0 +1,3 @@
+#version 450
+#define LAMBERT
+#include "../common/surface.glsl"
