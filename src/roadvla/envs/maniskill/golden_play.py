@@ -14,9 +14,10 @@ from roadvla.envs.maniskill.episodes import encode, total
 from roadvla.envs.maniskill.frames import Frames
 from roadvla.envs.maniskill.golden import Comparison, Recording
 from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES
+from roadvla.envs.maniskill.outputs import Build
 from roadvla.envs.maniskill.overlays import bounding_boxes, kept, opacity
 from roadvla.envs.maniskill.positions import positions
-from roadvla.envs.maniskill.scene import Build, PutOnPlateScene
+from roadvla.envs.maniskill.scene import PutOnPlateScene
 from roadvla.envs.maniskill.settings import variant
 from roadvla.envs.maniskill.shifts import DistractorReceptacle, TextureShift, WholeImageShift
 
@@ -55,7 +56,7 @@ def compare(
         for entry in recording.facts.get("grasps", ())
     ]
     for env_id, group in groupby(sorted(jobs, key=_env_id), key=_env_id):
-        scene = PutOnPlateScene(env_id=env_id, build=build, shader=shader, stand_ins=stand_ins)
+        scene = PutOnPlateScene(setting=env_id, build=build, shader=shader, stand_ins=stand_ins)
         for entry, arrays, steps in group:
             _Play(scene, entry, arrays, steps, result, pictures=shader is not None).run()
             played += 1

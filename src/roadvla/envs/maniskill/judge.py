@@ -78,7 +78,11 @@ class Progress:
             success_once=self.success_once | success,
         )
 
-    def potential(self) -> Float[Tensor, " B"]:
-        """0.1·grasped + 0.1·consecutive + 1.0·(success ∧ grasped); rewards are its differences."""
-        held = 0.1 * self.grasped.float() + 0.1 * self.consecutive_grasp.float()
-        return held + (self.success & self.grasped).float()
+
+def potential(
+    grasped: Bool[Tensor, " B"],
+    consecutive_grasp: Bool[Tensor, " B"],
+    success: Bool[Tensor, " B"],
+) -> Float[Tensor, " B"]:
+    """0.1·grasped + 0.1·consecutive + 1.0·(success ∧ grasped); rewards are its differences."""
+    return 0.1 * grasped.float() + 0.1 * consecutive_grasp.float() + (success & grasped).float()

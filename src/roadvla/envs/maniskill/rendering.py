@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, get_args
+from typing import get_args
 
 import sapien
-import torch
 from mani_skill.envs.scene import ManiSkillScene
 from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS, ShaderConfig
 
+from roadvla.envs.maniskill.options import Shader
 from roadvla.errors import UserError, unknown_name
 
-Shader = Literal["one_pass", "lambert", "default"]
-"""``default`` is SAPIEN's, for GPUs. ``one_pass`` is ours, for processors, and looks the same.
-``lambert`` leaves out reflections and bumps: recorded episodes were drawn so."""
 SHADERS: tuple[Shader, ...] = get_args(Shader)
 
 AMBIENT = (0.3, 0.3, 0.3)
 LIGHTS = (((0.0, 0.0, -1.0), 2.2), ((-1.0, -0.5, -1.0), 0.7), ((1.0, 1.0, -1.0), 0.7))
 """Directions and intensities; none casts shadows."""
 ROBOT_SPECULAR, ROBOT_ROUGHNESS = 0.9, 0.3
-
-WIDTH, HEIGHT = 640, 480
 
 _PACKS = Path(__file__).with_name("shaders")
 
@@ -37,8 +32,11 @@ def shader_config(shader: str) -> ShaderConfig:
         raise unknown_name("shader", shader, SHADERS)
     if shader == "default":
         sapien.render.set_picture_format("Color", "r32g32b32a32sfloat")
+        sapien.render.set_picture_format("Segmentation", "r32g32b32a32uint")
         return PREBUILT_SHADER_CONFIGS["default"]
+    # Small formats: frames are copied out of the renderer at every step.
     sapien.render.set_picture_format("Color", "r8g8b8a8unorm")
+    sapien.render.set_picture_format("Segmentation", "r16g16b16a16uint")
     return ShaderConfig(
         shader_pack=str(_PACKS / shader),
         texture_names={"Color": ["rgb"], "Segmentation": ["segmentation"]},
@@ -61,11 +59,6 @@ def render_device() -> sapien.Device:
         raise UserError(
             f"no Vulkan device to draw with ({error}): `roadvla doctor` says what to install"
         ) from error
-
-
-def default_shader(device: torch.device) -> Shader:
-    """Choose by where the physics runs: a processor needs the fast one."""
-    return "default" if device.type == "cuda" else "one_pass"
 
 
 def load_lights(scene: ManiSkillScene) -> None:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import sapien
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int, UInt8
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs import Actor, Pose, SimConfig
 from torch import Tensor
 
 from roadvla.envs.maniskill.agent import CAMERA, CONTROL, WidowX
-from roadvla.envs.maniskill.assets import asset_folders
+from roadvla.envs.maniskill.assets import asset_folders, require
 from roadvla.envs.maniskill.bodies import build_body, build_stage
 from roadvla.envs.maniskill.episodes import Episodes, decode, total
 from roadvla.envs.maniskill.frames import Frames
 from roadvla.envs.maniskill.instructions import instructions
 from roadvla.envs.maniskill.judge import Progress, on_receptacle
 from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES, half_sizes, read_boxes
+from roadvla.envs.maniskill.options import HEIGHT, WIDTH
+from roadvla.envs.maniskill.outputs import Build
 from roadvla.envs.maniskill.poses import (
     ROBOT_LIFT,
     ROBOT_POSE,
@@ -32,18 +34,14 @@ from roadvla.envs.maniskill.poses import (
     teleport_poses,
 )
 from roadvla.envs.maniskill.rendering import (
-    HEIGHT,
     ROBOT_ROUGHNESS,
     ROBOT_SPECULAR,
-    WIDTH,
     load_lights,
     render_device,
     shader_config,
 )
 from roadvla.envs.maniskill.settings import Fixes, variant
 from roadvla.envs.maniskill.shifts import DistractorReceptacle
-
-Build = Literal["chosen", "all"]
 
 
 class PutOnPlateScene(BaseEnv):
@@ -53,7 +51,7 @@ class PutOnPlateScene(BaseEnv):
     drawn from torch's global generator without it, as in RL4VLA).
 
     Args:
-        env_id: RL4VLA's id, or the paper's alias.
+        setting: RL4VLA's id, or the paper's alias.
         build: ``chosen`` builds the bodies of each episode anew at every reset: nothing is left
             over from earlier episodes. ``all`` builds everything once, as RL4VLA does, and parks
             what an episode does not use: resets on a GPU are cheap then.
@@ -70,7 +68,7 @@ class PutOnPlateScene(BaseEnv):
     def __init__(
         self,
         *,
-        env_id: str,
+        setting: str,
         build: Build = "chosen",
         size: tuple[int, int] = (HEIGHT, WIDTH),
         shader: str | None = "one_pass",
@@ -78,7 +76,7 @@ class PutOnPlateScene(BaseEnv):
         stand_ins: bool = False,
         **kwargs: Any,
     ) -> None:
-        self.variant = variant(env_id, Fixes(**(fixes or {})))
+        self.variant = variant(setting, Fixes(**(fixes or {})))
         self.build, self._stand_ins, self._draws = build, stand_ins, shader is not None
         self.size = tuple(size)
         self._folders = asset_folders()
@@ -89,11 +87,13 @@ class PutOnPlateScene(BaseEnv):
         self.obj_set = "train"
         self._frames: Frames | None = None
         kwargs.setdefault("control_mode", CONTROL)
+        kwargs.setdefault("render_backend", "none")  # chosen in _setup_scene
         kwargs.setdefault("obs_mode", "rgb+segmentation" if self._draws else "none")
         cameras: dict[str, Any] = {}
         if shader is not None:
             cameras = {CAMERA: {"shader_config": shader_config(shader), **_camera(self.size)}}
-        super().__init__(robot_uids=WidowX, render_backend="none", sensor_configs=cameras, **kwargs)
+        kwargs.setdefault("sensor_configs", cameras)
+        super().__init__(robot_uids=WidowX, **kwargs)
 
     @property
     def _default_sim_config(self) -> SimConfig:
@@ -112,6 +112,7 @@ class PutOnPlateScene(BaseEnv):
         super()._setup_scene()
 
     def _load_agent(self, options: dict[str, Any]) -> None:  # type: ignore[override]
+        require(self._folders.robot)
         super()._load_agent(options, sapien.Pose(ROBOT_POSE[:3], ROBOT_POSE[3:]))
 
     def _load_lighting(self, options: dict[str, Any]) -> None:
@@ -333,15 +334,38 @@ class PutOnPlateScene(BaseEnv):
             "carrot_plate_dist": (target - goal).norm(dim=1),
         }
 
+    def state(self) -> Float[Tensor, "B S"]:
+        """Simulator state for experts and analyses, to be read with ``unpack_state``."""
+        arm = self.agent.controller.controllers["arm"]
+        fingers = self.agent.robot.get_qpos()[:, -2:].mean(dim=1, keepdim=True)
+        parts = (arm.ee_pose.raw_pose, self._aim(arm), fingers, self._body_poses().flatten(1))
+        return torch.cat(parts, dim=1)
+
+    def _aim(self, arm: Any) -> Float[Tensor, "B 7"]:
+        """The controller's target pose, in the world frame."""
+        return (self.agent.robot.pose * arm._target_pose).raw_pose
+
     # Pictures.
 
+    def capture(self) -> UInt8[Tensor, "B H W 3"]:
+        """Draw the frames that a policy sees."""
+        return self._draw()[0]
+
+    def _draw(self) -> tuple[UInt8[Tensor, "B H W 3"], Int[Tensor, "B H W"]]:
+        """Draw frames, and the id of what each pixel shows."""
+        assert self._frames is not None, "the scene was made without a shader"
+        self.scene.update_render(update_sensors=True, update_human_render_cameras=False)
+        camera = self._sensors[CAMERA]
+        camera.capture()
+        seen = camera.get_obs(depth=False, position=False)
+        if self.gpu_sim_enabled:
+            torch.cuda.synchronize(self.device)  # or physics runs into the drawing
+        segmentation = seen["segmentation"][..., 0]
+        return self._frames.compose(seen["rgb"], segmentation, self._keep), segmentation
+
     def _get_obs_sensor_data(self, apply_texture_transforms: bool = True) -> dict[str, Any]:
-        data = super()._get_obs_sensor_data(apply_texture_transforms)
-        assert self._frames is not None
-        camera = data[CAMERA]
-        segmentation = camera["segmentation"][..., 0]
-        camera["rgb"] = self._frames.compose(camera["rgb"], segmentation, self._keep)
-        return data
+        frames, segmentation = self._draw()
+        return {CAMERA: {"rgb": frames, "segmentation": segmentation[..., None]}}
 
     def _kept_ids(self) -> Bool[Tensor, " K"]:
         """Of each segmentation id, whether it is the robot or a body."""

@@ -192,12 +192,13 @@ class Fixes:
 
 
 def variant(name: str, fixes: Fixes | None = None) -> Variant:
-    """Look a row up by its RL4VLA id or by the paper's alias, and put right what is asked for.
+    """Look a row up by the paper's alias or RL4VLA's id, with or without ``PREFIX``, and fix it.
 
     Raises:
         UserError: If there is none of that name.
     """
     env_id = SETTINGS[name].rl4vla_id if name in SETTINGS else name
+    env_id = PREFIX + env_id if PREFIX + env_id in VARIANTS else env_id
     if env_id not in VARIANTS:
         raise unknown_name("environment", name, [*SETTINGS, *VARIANTS])
     return _fixed(VARIANTS[env_id], fixes or Fixes())
