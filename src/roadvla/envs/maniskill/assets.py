@@ -75,12 +75,14 @@ def require(path: Path) -> Path:
     """Return a file that must exist.
 
     Raises:
-        UserError: If it does not.
+        UserError: If it does not; the message says how to get it.
     """
     if not path.is_file():
+        # Nothing stands in for collision shapes, model tables and pictures.
+        other = ", or pass --stand-ins for plain shapes" if path.suffix == ".glb" else ""
         raise UserError(
-            f"asset {path} is missing: fetch it with `roadvla assets fetch`, name the folder that "
-            f"has it in MS_ASSET_DIR or ROADVLA_ASSETS, or pass --stand-ins"
+            f"asset {path} is missing: `roadvla assets fetch` fetches what is missing; if it lies "
+            f"elsewhere, name that folder in MS_ASSET_DIR or ROADVLA_ASSETS{other}"
         )
     return path
 
