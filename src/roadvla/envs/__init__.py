@@ -81,7 +81,7 @@ def _maniskill(
 ) -> VectorEnv:
     if find_spec("mani_skill") is None:
         raise UserError(
-            "sim 'maniskill' needs packages that are not installed: pip install 'roadvla[maniskill]'"
+            "sim 'maniskill' needs packages that are missing: pip install 'roadvla[maniskill]'"
         )
     from roadvla.envs.maniskill.env import ManiSkillEnv
 

@@ -10,9 +10,11 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from roadvla.envs.base import Step
+from roadvla.envs.maniskill.assets import asset_folders
 from roadvla.envs.maniskill.episodes import Episodes, decode, draw_ids
 from roadvla.envs.maniskill.instructions import instructions
 from roadvla.envs.maniskill.judge import potential
+from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES, read_boxes
 from roadvla.envs.maniskill.options import ManiSkillSettings
 from roadvla.envs.maniskill.outputs import FLAGS, Outputs, Recipe
 from roadvla.envs.maniskill.settings import HORIZON, variant
@@ -44,6 +46,10 @@ class ManiSkillEnv:
         device: ``cuda:k`` simulates all episodes at once on that GPU; ``cpu`` in worker processes.
         end_on_success: Whether an episode terminates at its first success.
         settings: How it is simulated.
+
+    Attributes:
+        boxes: Lowest and highest corners of all objects and all receptacles, in their own frames,
+            metres, [M, 2, 3] each.
 
     Raises:
         UserError: If there is no such setting, set or asset, or nothing to draw with.
@@ -85,6 +91,11 @@ class ManiSkillEnv:
             processes = settings.processes or os.cpu_count() or 1
             workers = Workers(recipe, num_envs, processes=processes)
             self._backend, self._out = workers, workers.outputs
+        folders = asset_folders()
+        self.boxes = (
+            read_boxes(folders.objects / "model_db.json", OBJECTS),
+            read_boxes(folders.receptacles / "model_db.json", RECEPTACLES),
+        )
         self._elapsed = -1
         self._ids = torch.empty(0, dtype=torch.int64)
         self._episodes: Episodes | None = None

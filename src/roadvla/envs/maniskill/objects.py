@@ -174,11 +174,15 @@ def half_sizes(
         Metres.
     """
     half = ((boxes[:, 1] - boxes[:, 0]) / 2).to(quaternion.device)[index]
+    return (rotation_matrix(quaternion).abs() @ half[..., None]).squeeze(-1)
+
+
+def rotation_matrix(quaternion: Float[Tensor, "*B 4"]) -> Float[Tensor, "*B 3 3"]:
+    """Turn unit quaternions w x y z into matrices."""
     w, x, y, z = quaternion.unbind(-1)
     rows = (
         (1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
         (2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
         (2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
     )
-    rotation = torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
-    return (rotation.abs() @ half[..., None]).squeeze(-1)
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)

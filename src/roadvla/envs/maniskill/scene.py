@@ -338,8 +338,9 @@ class PutOnPlateScene(BaseEnv):
         """Simulator state for experts and analyses, to be read with ``unpack_state``."""
         arm = self.agent.controller.controllers["arm"]
         fingers = self.agent.robot.get_qpos()[:, -2:].mean(dim=1, keepdim=True)
-        parts = (arm.ee_pose.raw_pose, self._aim(arm), fingers, self._body_poses().flatten(1))
-        return torch.cat(parts, dim=1)
+        held = self.progress.grasp_count[:, None].float()
+        hand, bodies = arm.ee_pose.raw_pose, self._body_poses().flatten(1)
+        return torch.cat([hand, self._aim(arm), fingers, held, bodies], dim=1)
 
     def _aim(self, arm: Any) -> Float[Tensor, "B 7"]:
         """The controller's target pose, in the world frame."""
