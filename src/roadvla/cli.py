@@ -58,7 +58,7 @@ def warmup(arguments: list[str]) -> None:
 
     form = form_of(
         WarmUp(),
-        short=("openvla",),
+        short=("openvla", "maniskill"),
         force=(bool, False, "Replace the warm-up in the output folder."),
     )
     chosen = parse(form, "warmup", arguments)
@@ -88,6 +88,7 @@ def train(arguments: list[str]) -> None:
         get_preset(name),
         short=(
             "openvla",
+            "maniskill",
             "algorithm",
             "optimizer",
             "rollout",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,6 +66,7 @@ class Evaluation:
         checkpoint: Where the policy came from; the caller fills it in.
         iteration: Training iteration of the policy; the caller fills it in.
         env_steps: Environment steps the policy was trained for; the caller fills it in.
+        simulator: How it simulated, where there is a choice: ``stand_ins`` and the like.
         film: Frames of the first episodes, when they were asked for.
     """
 
@@ -85,6 +87,7 @@ class Evaluation:
     checkpoint: str | None = None
     iteration: int | None = None
     env_steps: int | None = None
+    simulator: dict[str, Any] = field(default_factory=dict)
     film: Film | None = None
 
     @property
@@ -158,10 +161,13 @@ def evaluate(
     num_envs = min(num_envs, episodes)
     check_request(split, episodes, temperature, num_envs, seed=seed, record=record)
     if make_env is None:
-        env, make_env = envs.setting(env).alias, envs.make_env
+        env, make_env = envs.canonical(env, sim), envs.make_env
     begun = time.perf_counter()
     world = make_env(env, split=split, num_envs=num_envs, sim=sim, device=device)
-    outcomes, film = _run_all(policy, world, episodes, temperature, seed, record, on_progress)
+    try:
+        outcomes, film = _run_all(policy, world, episodes, temperature, seed, record, on_progress)
+    finally:
+        envs.close(world)
     success, success_once, grasped = zip(*outcomes, strict=True)
     return Evaluation(
         env=env,
@@ -178,6 +184,7 @@ def evaluate(
         machine=describe_machine(device),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         torch=str(torch.__version__),
+        simulator=dict(getattr(world, "facts", {})),
         film=film,
     )
 

@@ -36,7 +36,10 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "machine": str,
     "date": str,
     "torch": str,
+    "simulator": dict,
 }
+_LATER: dict[str, Any] = {"simulator": {}}
+"""Fields that files of earlier versions lack, and what they mean there."""
 
 
 def evaluation_path(folder: Path, env: str, split: str) -> Path:
@@ -89,6 +92,7 @@ def read_evaluation(path: Path) -> Evaluation:
         raise UserError(f"{path} is not valid JSON ({error}); {_AGAIN}") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} does not hold an evaluation; {_AGAIN}")
+    data = {**_LATER, **data}
     for name, kind in _FIELDS.items():
         value = data.get(name, _MISSING)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -119,15 +123,20 @@ def count_filmed(folder: Path, env: str, split: str) -> int:
         return 0
 
 
-def lost_by(found: Evaluation, *, episodes: int, temperature: float, iteration: int | None) -> str:
+def lost_by(
+    found: Evaluation, *, sim: str, episodes: int, temperature: float, iteration: int | None
+) -> str:
     """Say what a stored evaluation has that a new one would not: ``""`` if nothing is lost.
 
     Args:
         found: The stored one.
+        sim: Simulator of the new one.
         episodes: Of the new one.
         temperature: Of the new one.
         iteration: Of the policy that the new one measures; ``None`` if it is no checkpoint.
     """
+    if found.sim != sim:
+        return f"the simulator {found.sim}, not {sim}"
     if found.iteration != iteration:
         return f"iteration {found.iteration}, not {iteration}"
     if found.temperature != temperature:

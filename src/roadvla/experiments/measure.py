@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from roadvla import envs
+from roadvla.envs import ManiSkillSettings
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation, check_request, evaluate
 from roadvla.evaluation.files import (
@@ -26,7 +27,9 @@ from roadvla.experiments.stages import attribute, trained
 from roadvla.policy import Policy, load_policy, policy_kind
 from roadvla.policy.settings import OpenVLASettings, PolicyKind, Precision, Preprocess
 from roadvla.train.checkpoint import policy_folder
+from roadvla.train.checks import check_simulator
 from roadvla.train.memory import loading_sizes, within_memory
+from roadvla.train.parts import maker_of
 from roadvla.train.run_folder import CONFIG, about, clear_folder, write_json
 
 _NUM_ENVS = 64
@@ -40,7 +43,8 @@ class Measurement:
 
     Attributes:
         source: Policy folder, checkpoint, run folder (its latest checkpoint), or RL4VLA adapter.
-        env: Setting of Table 3.
+        env: Setting of Table 3; with ``--sim maniskill`` any of RL4VLA's ids.
+        sim: ``tabletop`` or ``maniskill``.
         split: Its training set (in distribution) or its test set (out of distribution).
         episodes: How many; ids 0, 1, 2, …
         temperature: Of the action sampling; 0 is greedy.
@@ -57,10 +61,12 @@ class Measurement:
         preprocess: An OpenVLA's image path, if not as trained, or not ``tensor``.
         inference_batch: Observations per pass, if not as trained, or not 32.
         compile: Compile an OpenVLA's blocks with ``torch.compile``.
+        maniskill: How ManiSkill simulates.
     """
 
     source: tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="SOURCE")]] = None
     env: str
+    sim: str = "tabletop"
     split: Annotated[Literal["train", "test"], tyro.conf.arg(name="set")] = "test"
     episodes: int = 512
     temperature: float = 0.6
@@ -75,12 +81,16 @@ class Measurement:
     preprocess: Preprocess | None = None
     inference_batch: int | None = None
     compile: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    maniskill: tyro.conf.OmitArgPrefixes[ManiSkillSettings] = field(
+        default_factory=ManiSkillSettings
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range, and nothing to measure."""
         check_request(
             self.split, self.episodes, self.temperature, _NUM_ENVS, seed=0, record=self.record
         )
+        check_simulator(self)
         if self.source is None and self.checkpoint is None:
             raise UserError(
                 "no policy is named: roadvla eval RUN --env ENV, or roadvla eval --policy openvla "
@@ -107,7 +117,7 @@ def measure(wanted: Measurement) -> tuple[Evaluation, Path]:
     Raises:
         UserError: If the policy does not load, a better result would be lost, or memory runs out.
     """
-    env = envs.setting(wanted.env).alias
+    env = envs.canonical(wanted.env, wanted.sim)
     usable_device(wanted.device)
     wanted = replace(wanted, env=env)
     if wanted.source is None and (Path(str(wanted.checkpoint)) / "adapter_config.json").is_file():
@@ -177,12 +187,14 @@ def _run(
             policy,
             env=wanted.env,
             split=wanted.split,
+            sim=wanted.sim,
             episodes=wanted.episodes,
             temperature=wanted.temperature,
             num_envs=_NUM_ENVS,
             device=wanted.device,
             record=max(wanted.record, filmed),
             on_progress=lambda done, _: progress.update(task, completed=done),
+            make_env=maker_of("tiny" if settings is None else "openvla", wanted.maniskill),
         )
 
 
@@ -220,7 +232,11 @@ def _refuse_loss(wanted: Measurement, results: Path, *, iteration: int | None) -
     if found is None or wanted.force:
         return
     lost = lost_by(
-        found, episodes=wanted.episodes, temperature=wanted.temperature, iteration=iteration
+        found,
+        sim=wanted.sim,
+        episodes=wanted.episodes,
+        temperature=wanted.temperature,
+        iteration=iteration,
     )
     if wanted.source is None and found.checkpoint != wanted.checkpoint:
         lost = f"{found.checkpoint}, not {wanted.checkpoint}"

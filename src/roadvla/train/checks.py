@@ -7,6 +7,7 @@ import typing
 from dataclasses import fields
 from typing import Any, Literal
 
+from roadvla.envs import SIMULATORS, ManiSkillSettings
 from roadvla.errors import UserError, unknown_name
 from roadvla.policy.settings import OpenVLASettings
 
@@ -82,3 +83,24 @@ def check_policy(node: Any) -> None:
             f"{name} {value!r} would not be used by policy {node.policy!r}: drop it or set policy "
             f"to 'openvla'"
         )
+
+
+def check_simulator(node: Any) -> None:
+    """Refuse a simulator that there is not, and settings that it would not use.
+
+    Args:
+        node: Has ``sim`` and ``maniskill``.
+
+    Raises:
+        UserError: If there are some.
+    """
+    if node.sim not in SIMULATORS:
+        raise unknown_name("simulator", node.sim, SIMULATORS)
+    unused = ManiSkillSettings()
+    for item in fields(unused) if node.sim != "maniskill" else ():
+        value = getattr(node.maniskill, item.name)
+        if value != getattr(unused, item.name):
+            raise UserError(
+                f"{item.name} {value!r} would not be used by sim {node.sim!r}: drop it or pass "
+                f"--sim maniskill"
+            )

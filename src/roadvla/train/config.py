@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from roadvla.envs import ManiSkillSettings
 from roadvla.errors import UserError
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
 from roadvla.train.algorithm import Algorithm
-from roadvla.train.checks import check_choices, check_policy, check_range
+from roadvla.train.checks import check_choices, check_policy, check_range, check_simulator
 
 Schedule = Literal["cosine", "constant"]
 
@@ -110,8 +111,8 @@ class Experiment:
 
     Attributes:
         name: Shown in reports.
-        env: Setting of Table 3 to adapt to.
-        sim: Simulator.
+        env: Setting of Table 3 to adapt to; with ``sim maniskill`` any of RL4VLA's ids.
+        sim: ``tabletop`` or ``maniskill``.
         seed: Decides episodes, action sampling and minibatches.
         device: Where policy and environments live.
         policy: ``tiny``, the small VLA that comes with the package, or ``openvla``.
@@ -123,6 +124,7 @@ class Experiment:
         output: Run folder.
         demonstrations: File that ``sft`` learns from.
         openvla: How an OpenVLA is run and adapted.
+        maniskill: How ManiSkill simulates.
         checkpoint_every: Iterations between checkpoints; the last is always saved.
         keep_checkpoints: Keep all checkpoints, or the last.
     """
@@ -138,6 +140,7 @@ class Experiment:
     output: str = "runs/latest"
     demonstrations: str | None = None
     openvla: OpenVLASettings = field(default_factory=OpenVLASettings)
+    maniskill: ManiSkillSettings = field(default_factory=ManiSkillSettings)
     algorithm: Algorithm = field(default_factory=Algorithm)
     optimizer: Optimizer = field(default_factory=Optimizer)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
@@ -149,6 +152,7 @@ class Experiment:
         """Refuse values out of range and settings that contradict each other."""
         check_choices(self)
         check_policy(self)
+        check_simulator(self)
         check_range(self, "seed", least=0.0)
         check_range(self, "checkpoint_every", least=1.0)
         algorithm, rollout = self.algorithm, self.rollout

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -11,9 +12,11 @@ import torch
 
 from roadvla import envs
 from roadvla import policy as policies
+from roadvla.envs import ManiSkillSettings
 from roadvla.envs.base import VectorEnv
 from roadvla.policy.base import Critic, Policy
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
+from roadvla.policy.tiny import TinyArchitecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +45,34 @@ class Parts:
         return self.load_critic(folder, policy)
 
 
-def parts_of(policy: PolicyKind, checkpoint: str | None, openvla: OpenVLASettings) -> Parts:
+def maker_of(policy: PolicyKind, maniskill: ManiSkillSettings) -> Callable[..., VectorEnv]:
+    """Bind ``envs.make_env`` to a simulator's settings, with frames that the policy can see."""
+    if policy == "tiny" and maniskill.image_size is None:
+        side = TinyArchitecture().image_size
+        maniskill = replace(maniskill, image_size=(side, side))
+    return partial(envs.make_env, maniskill=maniskill)
+
+
+def parts_of(
+    policy: PolicyKind,
+    checkpoint: str | None,
+    openvla: OpenVLASettings,
+    maniskill: ManiSkillSettings,
+) -> Parts:
     """Choose the parts for a kind of policy, in the environments of the package.
 
     Args:
         policy: Which kind.
         checkpoint: Base of an OpenVLA; ``None`` for the one that a folder names.
         openvla: How an OpenVLA is run and adapted, whatever a folder says.
+        maniskill: How ManiSkill simulates.
 
     Raises:
         UserError: If packages that the kind needs are not installed.
     """
+    make_env = maker_of(policy, maniskill)
     if policy == "tiny":
-        return Parts()
+        return Parts(make_env=make_env)
     from roadvla.policy.openvla.policy import (
         OpenVLAPolicy,
         load_critic,
@@ -75,4 +93,10 @@ def parts_of(policy: PolicyKind, checkpoint: str | None, openvla: OpenVLASetting
     def critic(folder: Path, live: Policy) -> Critic:
         return load_critic(folder, cast("OpenVLAPolicy", live))
 
-    return Parts(load_policy=load, load_backbone=make, save_policy=save, load_critic=critic)
+    return Parts(
+        make_env=make_env,
+        load_policy=load,
+        load_backbone=make,
+        save_policy=save,
+        load_critic=critic,
+    )

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from roadvla.envs import close
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
 from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
@@ -86,7 +87,8 @@ def train(
         if not resume:
             create_run_folder(experiment, force=force)
             begun = True
-        _loop(trainer, folder)
+        with closing(trainer):
+            _loop(trainer, folder)
     except KeyboardInterrupt as error:
         said = _stopped(folder) if begun else "stopped before the run began"
         raise Interrupted(said) from error
@@ -151,7 +153,7 @@ class Trainer:
         self._device = usable_device(experiment.device)
         rollout = experiment.rollout
         self._parts = parts or parts_of(
-            experiment.policy, experiment.checkpoint, experiment.openvla
+            experiment.policy, experiment.checkpoint, experiment.openvla, experiment.maniskill
         )
         self._env = self._parts.make_env(
             experiment.env,
@@ -257,6 +259,10 @@ class Trainer:
             for result in results
         )
         return train_split, test_split
+
+    def close(self) -> None:
+        """Free what the environment holds."""
+        close(self._env)
 
     def is_evaluated(self, folder: Path) -> bool:
         """Whether the folder holds evaluations of the policy as it is now."""

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from roadvla.envs import ManiSkillSettings, close
 from roadvla.envs.base import VectorEnv
-from roadvla.envs.tabletop import TabletopEnv, expert
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import usable_device
 from roadvla.policy.base import Policy
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
 from roadvla.train.checkpoint import policy_folder
-from roadvla.train.checks import check_choices, check_policy
+from roadvla.train.checks import check_choices, check_policy, check_simulator
 from roadvla.train.config import Algorithm, Optimizer
 from roadvla.train.demonstrations import Demonstrations, save_demonstrations
+from roadvla.train.experts import Expert, expert_of
 from roadvla.train.memory import learning_sizes, loading_sizes, within_memory
 from roadvla.train.metrics import to_floats
 from roadvla.train.parts import Parts, parts_of
@@ -43,8 +41,6 @@ from roadvla.types import Batch
 
 _FIRST_ID = 500_000  # evaluation counts from 0, training from 1,000,000
 
-Expert = Callable[[VectorEnv, Float[Tensor, " B"], torch.Generator], Tensor]
-
 
 @dataclass(frozen=True, kw_only=True)
 class WarmUp:
@@ -52,7 +48,7 @@ class WarmUp:
 
     Attributes:
         env: Setting whose training split is demonstrated.
-        sim: Simulator.
+        sim: ``tabletop`` or ``maniskill``.
         seed: Decides episodes, the expert's noise and the minibatches.
         device: Where policy and environments live.
         policy: ``tiny``, the small VLA that comes with the package, or ``openvla``.
@@ -71,6 +67,7 @@ class WarmUp:
         minibatch: Demonstrated steps per forward and backward pass; ``None`` for the whole batch.
         learning_rate: Peak of a cosine.
         openvla: How an OpenVLA is run and adapted.
+        maniskill: How ManiSkill simulates.
     """
 
     env: str = "VR-UnseenTable"
@@ -91,11 +88,13 @@ class WarmUp:
     minibatch: int | None = None
     learning_rate: float = 6e-4
     openvla: OpenVLASettings = field(default_factory=OpenVLASettings)
+    maniskill: ManiSkillSettings = field(default_factory=ManiSkillSettings)
 
     def __post_init__(self) -> None:
         """Refuse values out of range and settings that contradict each other."""
         check_choices(self)
         check_policy(self)
+        check_simulator(self)
         for name in ("episodes", "levels", "steps", "batch", "minibatch"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -109,15 +108,6 @@ class WarmUp:
                 f"noise is {self.noise}, learning_rate {self.learning_rate}: expected 0 or more "
                 f"and more than 0"
             )
-
-
-def tabletop_expert(noise: float) -> Expert:
-    """Make the scripted expert of the tabletop."""
-
-    def act(env: VectorEnv, gain: Float[Tensor, " B"], generator: torch.Generator) -> Tensor:
-        return expert.act(cast("TabletopEnv", env), gain=gain, noise=noise, generator=generator)
-
-    return act
 
 
 def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = None) -> Path:
@@ -140,7 +130,9 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
     folder, sources = Path(settings.output), (settings.init, settings.checkpoint)
     check_claimable(folder, force=force, sources=sources)
     usable_device(settings.device)
-    parts = parts or parts_of(settings.policy, settings.checkpoint, settings.openvla)
+    parts = parts or parts_of(
+        settings.policy, settings.checkpoint, settings.openvla, settings.maniskill
+    )
     init = None if settings.init is None else policy_folder(Path(settings.init))
     sizes = loading_sizes(settings.device, settings.policy, settings.openvla)
     with within_memory("loading the policy", *sizes):
@@ -184,7 +176,7 @@ def collect_demonstrations(
     Raises:
         UserError: If the expert solves too few episodes.
     """
-    act, parts = act or tabletop_expert(settings.noise), parts or Parts()
+    act, parts = act or expert_of(settings.sim, settings.noise), parts or Parts()
     env = parts.make_env(
         settings.env, split="train", num_envs=num_envs, sim=settings.sim, device=settings.device
     )
@@ -192,9 +184,12 @@ def collect_demonstrations(
     kept: list[tuple[Tensor, Tensor, str]] = []
     tried = 0
     first = _FIRST_ID + 10_000 * (settings.seed % 50)
-    while len(kept) < settings.episodes and tried < 4 * settings.episodes + num_envs:
-        kept += _demonstrate(env, first + tried, settings, act, generator)
-        tried += num_envs
+    try:
+        while len(kept) < settings.episodes and tried < 4 * settings.episodes + num_envs:
+            kept += _demonstrate(env, first + tried, settings, act, generator)
+            tried += num_envs
+    finally:
+        close(env)
     if len(kept) < settings.episodes:
         raise UserError(
             f"the expert solved only {len(kept)} of {tried} episodes of {settings.env}: "

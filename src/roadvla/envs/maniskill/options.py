@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from roadvla.envs.maniskill.settings import Fixes
-from roadvla.errors import UserError
+from roadvla.errors import UserError, unknown_name
 
 Shader = Literal["one_pass", "lambert", "default"]
 """``default`` is SAPIEN's, for GPUs. ``one_pass`` is ours, for processors, and looks the same.
 ``lambert`` leaves out reflections and bumps: recorded episodes were drawn so."""
+SHADERS: tuple[Shader, ...] = get_args(Shader)
 
 HEIGHT, WIDTH = 480, 640
 _SMALLEST, _LARGEST = 16, 4096
@@ -42,6 +43,8 @@ class ManiSkillSettings:
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        if self.shader is not None and self.shader not in SHADERS:
+            raise unknown_name("shader", self.shader, SHADERS)
         if self.processes is not None and self.processes < 1:
             raise UserError(f"processes is {self.processes}: at least 1 is needed")
         for side in self.image_size or ():

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import sapien
 from mani_skill.envs.scene import ManiSkillScene
 from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS, ShaderConfig
 
-from roadvla.envs.maniskill.options import Shader
+from roadvla.envs.maniskill.options import SHADERS
 from roadvla.errors import UserError, unknown_name
-
-SHADERS: tuple[Shader, ...] = get_args(Shader)
 
 AMBIENT = (0.3, 0.3, 0.3)
 LIGHTS = (((0.0, 0.0, -1.0), 2.2), ((-1.0, -0.5, -1.0), 0.7), ((1.0, 1.0, -1.0), 0.7))
