@@ -6,25 +6,22 @@ person can mend ends as one line on stderr and exit code 2.
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from roadvla import __version__
-from roadvla.errors import UserError, unknown_name
+from roadvla.errors import FailedCheckError, UserError, unknown_name
 from roadvla.flags import bound, form_of, parse, value_of
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from roadvla.envs.base import VectorEnv
+    pass
 
 Split = Literal["train", "test"]
 Precision = Literal["bfloat16", "float32"]
@@ -197,34 +194,15 @@ def report(
     print(folder / "report.md")
 
 
-def check_env(
-    env: tyro.conf.Positional[str],
-    *,
-    split: Annotated[Split, tyro.conf.arg(name="set")] = "test",
-) -> None:
-    """Put an environment through the vector-environment contract.
+def check_env(arguments: list[str]) -> None:
+    """Put environments through the contract, or compare them with recorded episodes."""
+    from roadvla.experiments.conformance import Conformance, check
 
-    Args:
-        env: Setting of Table 3, or MODULE:FUNCTION that builds an environment of your own when
-            called with the number of episodes.
-        split: A setting's training set or its test set.
-    """
-    from roadvla.envs import make_env
-    from roadvla.envs.conformance import check_env as run
-    from roadvla.envs.tabletop import TabletopEnv, expert
-
-    def build(num_envs: int) -> VectorEnv:
-        return make_env(env, split=split, num_envs=num_envs)
-
-    def solve(running: VectorEnv) -> Tensor:
-        return expert.act(cast("TabletopEnv", running), gain=0.7)
-
-    checks = run(_imported(env)) if ":" in env else run(build, act=solve)
-    for check in checks:
-        print(f"{'FAIL' if check.failure else 'ok':<4} {check.name}")
-    broken = [f"{check.name}: {check.failure}" for check in checks if check.failure]
+    wanted = parse(Conformance, "check-env", arguments)
+    broken = check(wanted)
     if broken:
-        raise UserError(f"{env} breaks {len(broken)} of {len(checks)} requirements; {broken[0]}")
+        more = f" (and {len(broken) - 1} more)" if len(broken) > 1 else ""
+        raise FailedCheckError(f"{broken[0]}{more}")
 
 
 def demo(*, output: Path = Path("runs/demo"), seed: int = 0, fast: bool = False) -> None:
@@ -270,6 +248,7 @@ _CONFIGURED: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "eval": evaluate,
     "plan": plan,
+    "check-env": check_env,
 }
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -293,12 +272,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; the process's own unless given.
 
     Returns:
-        0; 2 for bad input or a full disk; 130 after Ctrl-C; 141 when the reader of stdout left.
+        0; 1 if a check fails; 2 for bad input or a full disk; 130 after Ctrl-C; 141 when the reader
+        of stdout left.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
         sys.stdout.flush()
+    except FailedCheckError as error:
+        return _fail(str(error), 1)
     except (UserError, OSError) as error:
         if isinstance(error, BrokenPipeError):
             # Python flushes stdout once more at exit; nobody reads it.
@@ -325,16 +307,6 @@ def _dispatch(arguments: list[str]) -> None:
         parse(bound(_COMMANDS[name]), name, flags)()
     else:
         raise unknown_name("command", name, _COMMANDS)
-
-
-def _imported(path: str) -> Any:
-    """Import what ``MODULE:FUNCTION`` names, from the current folder too."""
-    module, _, name = path.partition(":")
-    sys.path.insert(0, os.getcwd())
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"cannot import {path!r}: {error}") from error
 
 
 def _fail(message: str, code: int) -> int:

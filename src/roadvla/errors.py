@@ -1,4 +1,4 @@
-"""The one exception that reaches people: one line naming the value, what was expected, the fix."""
+"""Exceptions that reach people: one line naming the value, what was expected, the fix."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterable
 
 class UserError(Exception):
     """Bad input; the command line prints its message as one line and exits with code 2."""
+
+
+class FailedCheckError(Exception):
+    """A check was made and failed; the command line prints one line and exits with code 1."""
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:

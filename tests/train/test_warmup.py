@@ -180,7 +180,7 @@ def test_a_warm_up_that_explodes_is_stopped():
 
 
 def test_the_folder_holds_policy_demonstrations_and_settings(tmp_path, monkeypatch):
-    monkeypatch.setattr(warmups, "tabletop_expert", lambda noise: namer())
+    monkeypatch.setattr(warmups, "expert_of", lambda sim, noise: namer())
     settings = replace(SETTINGS, output=str(tmp_path / "warm"))
     folder = run_warm_up(settings, parts=WORLD)
     assert len(load_demonstrations(folder / "demonstrations.safetensors").instructions) == 10
@@ -198,7 +198,7 @@ def test_the_folder_holds_policy_demonstrations_and_settings(tmp_path, monkeypat
 
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
-    monkeypatch.setattr(warmups, "tabletop_expert", lambda noise: namer())
+    monkeypatch.setattr(warmups, "expert_of", lambda sim, noise: namer())
     return replace(SETTINGS, output=str(tmp_path / "folder"), steps=2)
 
 

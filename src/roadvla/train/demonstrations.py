@@ -1,6 +1,7 @@
-"""Demonstrations on disk: one safetensors file, no pickle.
+"""Demonstrations on disk: safetensors files, no pickle.
 
-Tensors, S steps of E episodes:
+A folder of a collection holds one file per batch of episodes, ``part-000000.safetensors``, …, and
+``collection.json``. Tensors of a file, S steps of E episodes:
 
     image          uint8    [S, H, W, 3]   frame before the action
     action         float32  [S, 7]         metres, radians, gripper in [0, 1] (1 opens)
@@ -27,9 +28,12 @@ from torch import Tensor
 
 from roadvla.errors import UserError
 from roadvla.policy.base import Policy
+from roadvla.train.run_folder import DEMONSTRATIONS
 from roadvla.types import Batch, Observation
 
 FORMAT = 1
+PART = "part-{:06d}.safetensors"
+COLLECTION = "collection.json"
 _KEY = "demonstrations"
 _TENSORS = {
     "image": (torch.uint8, 4),
@@ -37,7 +41,7 @@ _TENSORS = {
     "episode_index": (torch.int64, 1),
     "step_index": (torch.int64, 1),
 }
-_AGAIN = "make it again with `roadvla warmup`"
+_PARTS = "part-*.safetensors"
 
 
 @dataclass(frozen=True)
@@ -66,11 +70,15 @@ class Demonstrations:
         """Turn some steps into what the policy sees and should have done, on the index's device."""
         index = index.cpu()
         tokens = policy.encode(self.action[index])
-        prompts = policy.tokenize(self.instructions)
+        # Episodes by the thousand share a few instructions. All are tokenized, so that prompts have
+        # one width in every batch.
+        row = {text: number for number, text in enumerate(dict.fromkeys(self.instructions))}
+        prompts = policy.tokenize(list(row))
         device = prompts.device
+        asked = [row[self.instructions[episode]] for episode in self.episode_index[index].tolist()]
         observation = Observation(
             image=self.image[index].to(device),
-            prompt=prompts[self.episode_index[index].to(device)],
+            prompt=prompts[torch.tensor(asked, device=device)],
         )
         return observation, tokens.to(device)
 
@@ -121,27 +129,82 @@ def save_demonstrations(demonstrations: Demonstrations, path: Path) -> None:
 
 
 def load_demonstrations(path: Path) -> Demonstrations:
-    """Read a file of demonstrations, refusing one that is damaged.
+    """Read demonstrations, refusing those that are damaged.
+
+    Args:
+        path: A file, or a folder: a warm-up's, or a collection's, whose parts are joined.
 
     Raises:
-        UserError: If it is missing, damaged, or its parts do not fit together.
+        UserError: If there are none, a collection is unfinished, a file is damaged, its parts do
+            not fit together, or parts of a collection do not fit each other.
     """
+    files = demonstration_files(path)
+    return _load_file(files[0]) if len(files) == 1 else _join(files)
+
+
+def demonstration_files(path: Path) -> list[Path]:
+    """Name the files that ``load_demonstrations`` reads, in order.
+
+    Raises:
+        UserError: If a folder holds none, or a collection that is unfinished.
+    """
+    if not path.is_dir():
+        return [path]
+    if (path / DEMONSTRATIONS).exists():
+        return [path / DEMONSTRATIONS]
+    files = sorted(path.glob(_PARTS))
+    if not files:
+        raise UserError(
+            f"no demonstrations at {path}: collect some with `roadvla demos collect`, or check the "
+            f"path"
+        )
+    _check_finished(path)
+    return files
+
+
+def _check_finished(folder: Path) -> None:
+    """Refuse a collection that was interrupted; parts from elsewhere come without a record."""
+    path = folder / COLLECTION
+    try:
+        finished = json.loads(path.read_text(encoding="utf-8"))["finished"]
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error!r}): {_again(path)}") from error
+    if not finished:
+        raise UserError(
+            f"the collection {folder} is unfinished: go on with the same `roadvla demos collect`"
+        )
+
+
+def _again(path: Path) -> str:
+    """Say how to mend a file."""
+    if path.match(_PARTS):
+        return "the same `roadvla demos collect` makes this part again"
+    if path.name == COLLECTION:
+        return "make it again with `roadvla demos collect`"
+    return "make it again with `roadvla warmup`"
+
+
+def _load_file(path: Path) -> Demonstrations:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
-        raise UserError(f"no demonstrations at {path}: {_AGAIN}, or check the path") from error
+        raise UserError(
+            f"no demonstrations at {path}: {_again(path)}, or check the path"
+        ) from error
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is damaged ({error}): {_AGAIN}") from error
+        raise UserError(f"{path} is damaged ({error}): {_again(path)}") from error
     try:
         about = json.loads(metadata[_KEY])
         instructions = tuple(str(text) for text in about["instructions"])
         found, origin = about["format"], dict(about["origin"])
     except (KeyError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a file of demonstrations: {_AGAIN}") from error
+        raise UserError(f"{path} is not a file of demonstrations: {_again(path)}") from error
     if found != FORMAT:
-        raise UserError(f"{path} has format {found!r}, expected {FORMAT}: {_AGAIN}")
+        raise UserError(f"{path} has format {found!r}, expected {FORMAT}: {_again(path)}")
     _check(path, tensors, len(instructions))
     return Demonstrations(
         image=tensors["image"],
@@ -153,15 +216,63 @@ def load_demonstrations(path: Path) -> Demonstrations:
     )
 
 
+def _join(files: list[Path]) -> Demonstrations:
+    """Put parts one after the other, their frames straight into place: there may be many."""
+    first = _load_file(files[0])
+    steps = [_count_steps(file) for file in files]
+    shape = tuple(first.image.shape[1:])
+    image = torch.empty((sum(steps), *shape), dtype=torch.uint8)
+    actions: list[Tensor] = []
+    episodes: list[Tensor] = []
+    places: list[Tensor] = []
+    instructions: list[str] = []
+    start = 0
+    for file, count in zip(files, steps, strict=True):
+        part = first if file == files[0] else _load_file(file)
+        if tuple(part.image.shape[1:]) != shape or part.origin != first.origin:
+            raise UserError(
+                f"{file} was made with other settings than {files[0].name}: keep collections apart"
+            )
+        image[start : start + count] = part.image
+        actions.append(part.action)
+        episodes.append(part.episode_index + len(instructions))
+        places.append(part.step_index)
+        instructions += part.instructions
+        start += count
+    return Demonstrations(
+        image=image,
+        action=torch.cat(actions),
+        episode_index=torch.cat(episodes),
+        step_index=torch.cat(places),
+        instructions=tuple(instructions),
+        origin=first.origin,
+    )
+
+
+def _count_steps(path: Path) -> int:
+    """Read how many steps a file has, without them."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(file.get_slice("action").get_shape()[0])
+    except (OSError, SafetensorError, IndexError) as error:
+        raise UserError(f"{path} is damaged ({error}): {_again(path)}") from error
+
+
 def _check(path: Path, tensors: dict[str, Tensor], episodes: int) -> None:
     for name, (dtype, dimensions) in _TENSORS.items():
         tensor = tensors.get(name)
         if tensor is None or tensor.dtype != dtype or tensor.dim() != dimensions:
-            raise UserError(f"{path}: {name} is missing or not {dtype} {dimensions}-D: {_AGAIN}")
+            raise UserError(
+                f"{path}: {name} is missing or not {dtype} {dimensions}-D: {_again(path)}"
+            )
     if len({len(tensor) for tensor in tensors.values()}) != 1 or not len(tensors["action"]):
-        raise UserError(f"{path}: its tensors have different numbers of steps, or none: {_AGAIN}")
+        raise UserError(
+            f"{path}: its tensors have different numbers of steps, or none: {_again(path)}"
+        )
     action, index = tensors["action"], tensors["episode_index"]
     if action.shape[1] != 7 or not bool(torch.isfinite(action).all()):
-        raise UserError(f"{path}: actions are not 7 finite numbers each: {_AGAIN}")
+        raise UserError(f"{path}: actions are not 7 finite numbers each: {_again(path)}")
     if int(index.min()) < 0 or int(index.max()) >= episodes:
-        raise UserError(f"{path}: a step belongs to none of the {episodes} episodes: {_AGAIN}")
+        raise UserError(
+            f"{path}: a step belongs to none of the {episodes} episodes: {_again(path)}"
+        )

@@ -21,8 +21,8 @@ MAX_TRANSLATION, MAX_YAW = 0.02, 0.25
 _TABLE = 0.8695
 _ABOVE = 0.08
 _FINGERTIPS, _PALM = 0.018, 0.018
-"""From the point between the fingers down to their tips, and up to the palm, metres: tips that press
-on the table do not close, and a palm on top of the object goes no deeper."""
+"""From the point between the fingers down to their tips, and up to the palm, metres: tips that
+press on the table do not close, and a palm on top of the object goes no deeper."""
 _ALIGNED, _NEAR, _AT = 0.12, 0.012, 0.012
 _CARRY, _LIFTED, _OVER, _LOW = 0.09, 0.04, 0.015, 0.012
 _RETREAT = 0.15

@@ -63,6 +63,15 @@ class Comparison:
         """Compare two values that must be equal."""
         self.row(name).add(float(found != expected), where)
 
+    def merge(self, other: Comparison) -> None:
+        """Take another comparison's rows in."""
+        for name, row in other.rows.items():
+            own = self.row(name, row.tolerance, row.unit)
+            own.compared += row.compared
+            own.failed += row.failed
+            if row.worst > own.worst or not own.where:
+                own.worst, own.where = row.worst, row.where
+
     @property
     def passed(self) -> bool:
         """Whether nothing deviates too far and there was something to compare."""

@@ -124,8 +124,13 @@ void main() {
   }
   normal = normalize(faceforward(normal, inPosition, normal));
   vec3 diffuse = albedo.rgb * (1 - metallic);
+#ifdef LAMBERT
+  vec3 color = materialBuffer.emission.rgb;
+#else
   vec4 emission = has(4) ? texture(emissionTexture, placed(4)) : materialBuffer.emission;
-  vec3 color = emission.rgb * emission.a + albedo.rgb * sceneBuffer.ambientLight.rgb;
+  vec3 color = emission.rgb * emission.a;
+#endif
+  color += albedo.rgb * sceneBuffer.ambientLight.rgb;
   for (int i = 0; i < 3; ++i) {
     vec3 towards = -mat3(cameraBuffer.viewMatrix) * sceneBuffer.directionalLights[i].direction.xyz;
     vec3 sent = diffuse * max(dot(normal, towards), 0) / PI;
