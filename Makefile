@@ -2,6 +2,7 @@
 #
 #   make demo         warm-up, PPO, ROAD and evaluation of the small policy; results in runs/demo
 #   make test         the tests            make test-slow   those that take minutes
+#   make test-sim     the tests on ManiSkill: real physics and rendering, on a GPU or a processor
 #   make check        lint, format, types, layers
 #   make bench        the benchmarks       make clean       remove .venv and caches, keep runs/
 #
@@ -18,6 +19,7 @@ JOBS ?= 2
 ARGS ?=
 
 BIN := .venv/bin
+VULKAN := .venv/vulkan
 PIP_INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --no-input \
 	--constraint constraints.txt
 INPUTS := pyproject.toml constraints.txt
@@ -26,7 +28,7 @@ TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow lint check bench clean
+.PHONY: help demo test test-slow test-sim lint check bench clean
 
 help:
 	@sed -n '/^$$/q; s/^# \{0,1\}//p' Makefile
@@ -35,10 +37,20 @@ demo: .venv/installed-core
 	$(BIN)/roadvla demo $(ARGS)
 
 test: .venv/installed-test
-	$(TEST) -m "not slow" $(ARGS)
+	$(TEST) -m "not slow and not sim" $(ARGS)
 
 test-slow: .venv/installed-test
-	$(TEST) -m slow $(ARGS)
+	$(TEST) -m "slow and not sim" $(ARGS)
+
+# Without a GPU a driver in software draws; where it cannot be fetched, the tests skip and say so.
+test-sim: .venv/installed-sim
+	@test -n "$$VK_ICD_FILENAMES$$VK_DRIVER_FILES" || command -v nvidia-smi >/dev/null \
+	  || test -e $(VULKAN)/vk_swiftshader_icd.json \
+	  || $(BIN)/roadvla assets fetch-vulkan $(VULKAN) || true
+	VK=$$(ls $(VULKAN)/vk_swiftshader_icd.json 2>/dev/null); \
+	export VK_ICD_FILENAMES="$${VK_ICD_FILENAMES:-$$VK}"; \
+	test -n "$$VK_ICD_FILENAMES" || unset VK_ICD_FILENAMES; \
+	$(TEST) -m "sim and not slow" --dist loadfile $(ARGS)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff check .
@@ -60,7 +72,8 @@ clean:
 # Each stamp says what .venv holds; a larger set satisfies the smaller ones.
 .venv/installed-core: PACKAGE = .[openvla]
 .venv/installed-test: PACKAGE = .[openvla,test]
-.venv/installed-dev: PACKAGE = .[openvla,test,dev]
+.venv/installed-sim: PACKAGE = .[openvla,maniskill,test]
+.venv/installed-dev: PACKAGE = .[openvla,maniskill,test,dev]
 
 .venv/installed-core: $(BIN)/python $(INPUTS)
 	$(install)
@@ -70,9 +83,13 @@ clean:
 	$(install)
 	@touch .venv/installed-core $@
 
-.venv/installed-dev: $(BIN)/python $(INPUTS)
+.venv/installed-sim: $(BIN)/python $(INPUTS)
 	$(install)
 	@touch .venv/installed-core .venv/installed-test $@
+
+.venv/installed-dev: $(BIN)/python $(INPUTS)
+	$(install)
+	@touch .venv/installed-core .venv/installed-test .venv/installed-sim $@
 
 define install
 	$(if $(TORCH_INDEX),$(PIP_INSTALL) --no-deps --index-url $(TORCH_INDEX) torch)
