@@ -1,6 +1,6 @@
 """``roadvla assets`` and ``roadvla fetch-vulkan``.
 
-Modules that load torch are imported inside the functions, so that the command line's help comes at
+What takes time to load is imported inside the functions, so that the command line's help comes at
 once.
 """
 
@@ -11,14 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
-from rich.table import Table
 
 from roadvla.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from roadvla.envs.maniskill.assets import AssetFolders
     from roadvla.envs.maniskill.inspection import Finding
 
@@ -66,6 +64,10 @@ def fetch_vulkan(folder: tyro.conf.Positional[Path]) -> None:
 
 
 def _list(folders: AssetFolders, *, files: bool) -> None:
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
     from roadvla.envs.maniskill.catalog import read_catalog, root_of
 
     catalog = read_catalog()
@@ -90,6 +92,9 @@ def _list(folders: AssetFolders, *, files: bool) -> None:
 
 
 def _fetch(folders: AssetFolders, *, mirror: Literal["github", "hub"]) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
+
     from roadvla.envs.maniskill.fetch import Download, fetch, needed_downloads
 
     downloads = needed_downloads(folders, mirror=mirror)
@@ -106,6 +111,8 @@ def _fetch(folders: AssetFolders, *, mirror: Literal["github", "hub"]) -> None:
 
 
 def _check(folders: AssetFolders, *, files: bool) -> None:
+    from rich.console import Console
+
     from roadvla.envs.maniskill.catalog import root_of
     from roadvla.envs.maniskill.inspection import UNUSABLE, State, count_states, inspect_all
 

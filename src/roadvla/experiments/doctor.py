@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-
-from rich.box import SIMPLE_HEAD
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING
 
 from roadvla.errors import UserError
 from roadvla.experiments.doctor_rows import Row, Verdict
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _COLOURS = {"ok": "green", "warn": "yellow", "fail": "bold red"}
 _PIP = 'pip install "roadvla[{extra}]"'
@@ -87,6 +86,11 @@ def print_rows(rows: list[Row], console: Console | None = None) -> None:
         rows: What was found.
         console: Where to; stdout unless given.
     """
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
     console = console or Console()
     table = Table("", "what", "found", box=SIMPLE_HEAD)
     for row in rows:

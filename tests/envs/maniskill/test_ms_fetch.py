@@ -291,10 +291,12 @@ def test_the_wrong_file_never_takes_its_place(
     sent: bytes,
     complaint: str,
 ) -> None:
-    server.files[name if name == "robot.zip" else f"rl/{name}"] = sent
+    path = name if name == "robot.zip" else f"rl/{name}"
+    server.files[path] = sent
     with pytest.raises(UserError, match=re.escape(complaint)) as refusal:
         _fetch(folders, catalog)
     assert "\n" not in str(refusal.value)
+    assert [asked for asked, _ in server.asked].count(path) == 1  # again would be the same
     count = len(ROBOT) + len(catalog.collections[1].assets)
     lost = len(ROBOT) if name == "robot.zip" else 1
     assert len(files_in(tmp_path)) == count - lost  # all others came, and nothing lies around
