@@ -68,7 +68,7 @@ def collect(
     env: VectorEnv | None = None
     with Display("collecting", settings.episodes, done=record.kept) as display:
         if record.parts:
-            state = "finished" if record.finished else "begun"
+            state = "finished" if record.finished else "unfinished"
             display.say(f"{folder} is {state}: {record.kept} of {settings.episodes} are there")
         try:
             for number in _missing(record, settings, folder):
@@ -98,9 +98,13 @@ def describe(record: Record) -> list[str]:
     """Say in lines what a collection has and how often the expert succeeded."""
     asked, kept = record.settings, record.kept
     state = "finished" if record.finished else "unfinished"
+    low, high = asked["gain"]
+    small = ", small motions left out" if asked["drop_small"] else ""
     lines = [
         f"{asked['env']} {asked['split']} on {asked['sim']}, seed {asked['seed']}: "
-        f"{kept} of {asked['episodes']} demonstrations, {state}"
+        f"{kept} of {asked['episodes']} demonstrations, {state}",
+        f"  expert      gain {low:g} to {high:g}, noise {asked['noise']:g}, tail {asked['tail']}"
+        f"{small}",
     ]
     if record.attempts:
         rate = record.succeeded / record.attempts
@@ -111,15 +115,13 @@ def describe(record: Record) -> list[str]:
         )
     if kept:
         height, width, _ = record.image_shape
-        lines.append(
+        files = [part for part in record.parts if part.file is not None]
+        megabytes = sum(part.size for part in files) / 1e6
+        lines += [
             f"  frames      {record.frames} of {height} x {width}, {record.frames / kept:.1f} "
-            f"per demonstration"
-        )
-        size, files = (
-            sum(p.size for p in record.parts),
-            sum(p.file is not None for p in record.parts),
-        )
-        lines.append(f"  on disk     {size / 1e6:.1f} MB in {files} parts")
+            f"per demonstration",
+            f"  on disk     {megabytes:.1f} MB in {len(files)} parts",
+        ]
     lines.append(f"  made on     {record.about['machine']}, {record.about['started']}")
     if record.simulator.get("stand_ins"):
         lines.append("  stand_ins   plain shapes may replace meshes that were missing")

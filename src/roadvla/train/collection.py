@@ -66,7 +66,9 @@ class Collection:
     noise: float = 0.1
     tail: int = 6
     drop_small: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    maniskill: ManiSkillSettings = field(default_factory=ManiSkillSettings)
+    maniskill: tyro.conf.OmitArgPrefixes[ManiSkillSettings] = field(
+        default_factory=ManiSkillSettings
+    )
 
     def __post_init__(self) -> None:
         """Refuse values out of range and settings that contradict each other."""
@@ -182,6 +184,8 @@ def read_record(folder: Path) -> Record | None:
         UserError: If it is damaged or of another format.
     """
     path = folder / COLLECTION
+    if not path.exists():
+        return None
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         found = data["format"]
@@ -197,8 +201,6 @@ def read_record(folder: Path) -> Record | None:
             name: str(data[name]) for name in ("roadvla_version", "command", "started", "machine")
         }
         return Record(about=about, parts=parts, **{name: data[name] for name in own})
-    except FileNotFoundError:
-        return None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} is damaged ({error!r}): remove the folder, or choose another"

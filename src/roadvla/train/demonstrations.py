@@ -193,7 +193,8 @@ def _load_file(path: Path) -> Demonstrations:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError as error:
         raise UserError(
-            f"no demonstrations at {path}: {_again(path)}, or check the path"
+            f"no demonstrations at {path}: make some with `roadvla demos collect` or `roadvla "
+            f"warmup`, or check the path"
         ) from error
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}): {_again(path)}") from error
