@@ -21,7 +21,7 @@ from roadvla.envs import SETTINGS, ManiSkillSettings, make_env
 from roadvla.envs.base import VectorEnv
 from roadvla.envs.conformance import check_env
 from roadvla.errors import UserError
-from roadvla.train.checks import check_simulator
+from roadvla.train.checks import check_range, check_simulator
 from roadvla.train.experts import expert_of
 
 _GAIN = 0.7
@@ -41,6 +41,7 @@ class Conformance:
         golden: Folder with ``episodes.json`` and ``arrays.npz``, recorded from RL4VLA's own code:
             compare ManiSkill's scenes with it, quantity by quantity.
         pictures: With ``--golden``: whether to draw; ``--no-pictures`` needs no Vulkan device.
+        every: With ``--golden``: play every n-th recorded episode only.
         maniskill: How ManiSkill simulates.
     """
 
@@ -50,12 +51,14 @@ class Conformance:
     device: str = "cpu"
     golden: Path | None = None
     pictures: bool = True
+    every: int = 1
     maniskill: tyro.conf.OmitArgPrefixes[ManiSkillSettings] = field(
         default_factory=ManiSkillSettings
     )
 
     def __post_init__(self) -> None:
         """Refuse settings that would not be used, and nothing to check."""
+        check_range(self, "every", least=1.0)
         if self.golden is None:
             check_simulator(self)
             if not self.env:
@@ -120,6 +123,7 @@ def _compare(wanted: Conformance, folder: Path) -> list[str]:
         result = compare(
             read_recording(folder),
             env_ids=[variant(env).env_id for env in wanted.env],
+            every=wanted.every,
             pictures=wanted.pictures,
             stand_ins=wanted.maniskill.stand_ins,
             processes=wanted.maniskill.processes,

@@ -39,6 +39,7 @@ from roadvla.train.trainer import TrainingDivergedError
 from roadvla.train.update import losses, make_optimizer, schedule_factor, select
 from roadvla.types import Batch
 
+_NUM_ENVS = 64
 _FIRST_ID = 500_000  # evaluation counts from 0, training from 1,000,000
 
 
@@ -160,7 +161,7 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
 
 
 def collect_demonstrations(
-    settings: WarmUp, *, num_envs: int = 64, act: Expert | None = None, parts: Parts | None = None
+    settings: WarmUp, *, num_envs: int | None = None, act: Expert | None = None, parts: Parts | None = None
 ) -> Demonstrations:
     """Let the expert act until there are enough successful episodes.
 
@@ -169,13 +170,15 @@ def collect_demonstrations(
 
     Args:
         settings: What to collect.
-        num_envs: Episodes run at once.
+        num_envs: Episodes run at once; ``None`` for 64, and on ManiSkill no more than are wanted.
         act: The expert, given the environment, a gain per episode and a generator.
         parts: Environment.
 
     Raises:
         UserError: If the expert solves too few episodes.
     """
+    if num_envs is None:
+        num_envs = min(_NUM_ENVS, settings.episodes) if settings.sim == "maniskill" else _NUM_ENVS
     act, parts = act or expert_of(settings.sim, settings.noise), parts or Parts()
     env = parts.make_env(
         settings.env, split="train", num_envs=num_envs, sim=settings.sim, device=settings.device

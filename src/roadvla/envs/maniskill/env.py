@@ -73,11 +73,12 @@ class ManiSkillEnv:
         self.device = torch.device(device)
         self.end_on_success = end_on_success
         gpu = self.device.type == "cuda"
+        self._shader = settings.shader or ("default" if gpu else "one_pass")
         recipe = Recipe(
             setting=self.variant.env_id,
             obj_set=split,
             settings=settings,
-            shader=settings.shader or ("default" if gpu else "one_pass"),
+            shader=self._shader,
             build="all" if gpu else "chosen",
             device=str(self.device),
         )
@@ -107,7 +108,7 @@ class ManiSkillEnv:
     @property
     def facts(self) -> dict[str, object]:
         """What decides episodes and frames beyond setting and set; evaluations record it."""
-        return self.settings.facts
+        return {**self.settings.facts, "shader": self._shader, "physics": self.device.type}
 
     @property
     def episodes(self) -> Episodes:

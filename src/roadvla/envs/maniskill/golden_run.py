@@ -41,6 +41,7 @@ def compare(
     recording: Recording,
     *,
     env_ids: Iterable[str] = (),
+    every: int = 1,
     pictures: bool = True,
     stand_ins: bool = False,
     processes: int | None = None,
@@ -54,6 +55,7 @@ def compare(
     Args:
         recording: From ``read_recording``.
         env_ids: Compare these ids of RL4VLA's only; all unless given.
+        every: Play every n-th episode and every n-th grasp.
         pictures: Whether there is something to draw with; without, what needs pictures is left out.
         stand_ins: Whether plain shapes may replace missing meshes.
         processes: How many; one per core unless given.
@@ -64,7 +66,7 @@ def compare(
     """
     wanted = set(env_ids)
     try:
-        groups = _groups(recording, wanted)
+        groups = _groups(recording, wanted, every)
         result = Comparison()
         _totals(recording, wanted, result)
         _composites(recording, wanted, result)
@@ -85,15 +87,15 @@ def compare(
     return result
 
 
-def _groups(recording: Recording, wanted: set[str]) -> list[list[Job]]:
+def _groups(recording: Recording, wanted: set[str], every: int) -> list[list[Job]]:
     """Sort jobs by id, the longest first."""
     groups: dict[str, list[Job]] = {}
     facts, arrays = recording.facts, recording.arrays
-    for entry in facts["episodes"]:
+    for entry in facts["episodes"][::every]:
         rows = {name: arrays[name][entry["index"]] for name in _EPISODE_ARRAYS}
         job = (entry, {**rows, "actions": arrays["actions"]}, facts["image_steps"])
         groups.setdefault(entry["env_id"], []).append(job)
-    for entry in facts.get("grasps", ()):
+    for entry in facts.get("grasps", [])[::every]:
         prefix = f"grasp_{entry['k']}_"
         rows = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
         groups.setdefault(entry["env_id"], []).append((entry, rows, entry["image_steps"]))

@@ -71,4 +71,6 @@ class ManiSkillSettings:
     @property
     def facts(self) -> dict[str, Any]:
         """What decides the episodes and their frames, for results."""
-        return {**asdict(self), "image_size": list(self.size)} | {"processes": None}
+        facts = {**asdict(self), "image_size": list(self.size)}
+        del facts["processes"]
+        return facts
