@@ -14,7 +14,7 @@ from rich.console import Console
 from roadvla.envs.maniskill.assets import AssetFolders
 from roadvla.envs.maniskill.catalog import read_catalog
 from roadvla.envs.maniskill.inspection import Finding, State, inspect_all
-from roadvla.errors import UserError
+from roadvla.errors import FailedCheckError
 from roadvla.experiments import doctor as doctors
 from roadvla.experiments import doctor_gpu as gpu
 from roadvla.experiments import doctor_machine as machine
@@ -378,7 +378,7 @@ def test_warnings_do_not_fail(
 
 def test_failures_do(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(doctors, "examine", lambda output: [OK, WARN, FAIL])
-    with pytest.raises(UserError, match=r"1 of 3 checks fail \(disk\)"):
+    with pytest.raises(FailedCheckError, match=r"1 of 3 checks fail \(disk\)"):
         doctors.doctor()
     assert "free some" in capsys.readouterr().out
 

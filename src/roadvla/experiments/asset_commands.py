@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from roadvla.errors import UserError
+from roadvla.errors import FailedCheckError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,7 +53,7 @@ def assets(
 
 
 def fetch_vulkan(folder: tyro.conf.Positional[Path]) -> None:
-    """Put a Vulkan driver that needs no GPU into a folder (Debian; nothing is installed).
+    """Put a Vulkan driver that needs no GPU into a folder; nothing is installed (Debian).
 
     Args:
         folder: Gets the driver; the line to set in the shell is printed.
@@ -134,7 +134,7 @@ def _check(folders: AssetFolders, *, files: bool) -> None:
             f"originals; `roadvla assets fetch` replaces them",
         )
     if unusable:
-        raise UserError(
+        raise FailedCheckError(
             f"of {len(findings)} assets {count_states(unusable)}: run `roadvla assets fetch`, or "
             f"name the folder that has them in MS_ASSET_DIR or ROADVLA_ASSETS"
         )

@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from roadvla.errors import UserError
+from roadvla.errors import FailedCheckError
 from roadvla.experiments.doctor_rows import Row, Verdict
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ _PIP = 'pip install "roadvla[{extra}]"'
 
 
 def doctor(*, output: Path = Path("runs")) -> None:
-    """Look over this machine: Python, torch, GPU, simulator, assets; with a fix for what is wrong.
+    """Look over this machine, from Python to the assets, and say how to mend what is wrong.
 
     Args:
         output: Folder that runs will be written to.
@@ -26,7 +26,7 @@ def doctor(*, output: Path = Path("runs")) -> None:
     print_rows(found)
     failing = [row.name for row in found if row.state == "fail"]
     if failing:
-        raise UserError(
+        raise FailedCheckError(
             f"{len(failing)} of {len(found)} checks fail ({', '.join(failing)}): see their fixes"
         )
 

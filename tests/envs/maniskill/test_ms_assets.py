@@ -22,7 +22,7 @@ from roadvla.envs.maniskill.inspection import (
     stand_ins_in,
 )
 from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES, TABLES, TEXTURES
-from roadvla.errors import UserError
+from roadvla.errors import FailedCheckError, UserError
 from roadvla.experiments.asset_commands import assets
 
 PACK = AssetFolders(maniskill=ASSETS.parents[1], rl4vla=ASSETS)
@@ -211,7 +211,7 @@ def test_check_refuses_an_empty_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     nowhere = point_nowhere(monkeypatch, tmp_path)
-    with pytest.raises(UserError, match=r"166 missing.*roadvla assets fetch"):
+    with pytest.raises(FailedCheckError, match=r"166 missing.*roadvla assets fetch"):
         assets("check")
     said = capsys.readouterr().out
     assert said.count("no such file") == 10
