@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,12 @@ def test_packages_of_this_installation() -> None:
     assert not {"pytest", "transformers"} & {need.name for need in machine.requirements()}
     row = machine.package_row("packages", machine.requirements(), missing="fail", fix="pip")
     assert row.state != "fail", row.finding  # of what runs this test nothing can be missing
+
+
+def test_simulator_packages_are_those_of_the_extra() -> None:
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())
+    extra = project["project"]["optional-dependencies"]["maniskill"]
+    assert [Requirement(line) for line in extra] == simulator.SIMULATOR
 
 
 def test_packages_missing_or_of_another_version() -> None:

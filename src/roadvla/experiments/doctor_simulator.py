@@ -17,8 +17,8 @@ from roadvla.experiments.doctor_rows import Answer, Row, Verdict, ask
 if TYPE_CHECKING:
     from roadvla.envs.maniskill.inspection import Finding
 
-SIMULATOR = [Requirement("mani_skill==3.0.1"), Requirement("sapien==3.0.3")]
-"""What the suite's recorded episodes were compared with."""
+SIMULATOR = [Requirement("mani_skill>=3.0.1,<3.1"), Requirement("sapien>=3.0.3,<4")]
+"""The extra ``maniskill``, for an installation without it does not know what it asks for."""
 
 _PROBE = (
     "import json, sapien\n"
