@@ -18,6 +18,8 @@ import tyro
 
 from roadvla import __version__
 from roadvla.errors import FailedCheckError, UserError, unknown_name
+from roadvla.experiments.asset_commands import assets, fetch_vulkan
+from roadvla.experiments.doctor import doctor
 from roadvla.flags import bound, form_of, parse, value_of
 
 if TYPE_CHECKING:
@@ -262,6 +264,9 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "make-tiny-openvla": make_tiny_openvla,
     "check-env": check_env,
+    "assets": assets,
+    "fetch-vulkan": fetch_vulkan,
+    "doctor": doctor,
 }
 
 

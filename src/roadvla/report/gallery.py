@@ -6,6 +6,7 @@ line of the row shows the same episodes then; until then the arm stands still wi
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -34,13 +35,15 @@ _FRAME = (240, 320)
 _ENLARGED = 3
 _PAPER, _INK, _FAINT, _BAR = "#ffffff", "#111111", "#555555", "#e8edf2"
 _FORMATS = (".png", ".jpg", ".jpeg")
-_QUALITY = 85
+_USUAL = {"tabletop": ".png", "maniskill": ".jpg"}
+_QUALITY = 82
+"""Of JPEG, which takes a quarter of PNG's space where tables are photographs."""
 _SHIFTS = {
     "VR-UnseenTable": "table tops never seen in training",
     "VR-DynamicTexture": "a texture over object, receptacle and arm, opacity 0.5",
-    "VR-DynamicNoise": "the same over the whole frame, opacity 0.5",
-    "CR-MultiObject": "a distractor object in both; the target was never seen in training",
-    "CR-MultiReceptacle": "a distractor receptacle in both; the target was never seen in training",
+    "VR-DynamicNoise": "a texture over the whole frame, opacity 0.5",
+    "CR-MultiObject": "objects never seen in training; in both, a second one lies there",
+    "CR-MultiReceptacle": "receptacles never seen in training; in both, a second one lies there",
     "ER-InitPose": "the arm starts in another pose",
     "ER-Repositioning": "the object is moved to another place",
     "Main-v3": "objects and table tops never seen in training",
@@ -68,7 +71,8 @@ class Gallery:
             RL4VLA's ids.
         all: RL4VLA's ten other ids too; ``--sim maniskill`` only.
         columns: Episodes of each set: ids 0, 1, 2, …
-        output: Picture to write, .png or .jpg; gallery-SIM.png unless given.
+        output: Picture to write: .png is exact, .jpg small where tables are photographs;
+            gallery-tabletop.png or gallery-maniskill.jpg unless given.
         device: Where the environments live.
         maniskill: How ManiSkill simulates; frames are 240 by 320 unless given.
     """
@@ -89,16 +93,16 @@ class Gallery:
         if not 1 <= self.columns <= _MOST:
             raise UserError(f"columns is {self.columns}: expected 1 to {_MOST}")
         if self.all and self.sim != "maniskill":
-            raise UserError("all asks for RL4VLA's other ids: pass --sim maniskill too")
+            raise UserError("all asks for RL4VLA's other ids: pass --sim maniskill too, or drop it")
         if self.all and self.envs:
-            raise UserError("envs and all are both given: drop one")
+            raise UserError("envs and all are both given: drop one of them")
         if self.path.suffix.lower() not in _FORMATS:
             raise UserError(f"output is {str(self.path)!r}: expected a name ending in .png or .jpg")
 
     @property
     def path(self) -> Path:
         """The picture's file."""
-        return self.output or Path(f"gallery-{self.sim}.png")
+        return self.output or Path(f"gallery-{self.sim}{_USUAL[self.sim]}")
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -107,9 +111,9 @@ class Gallery:
         Raises:
             UserError: If there is no such setting.
         """
-        ids = dict.fromkeys(canonical(env, self.sim) for env in VARIANTS) if self.all else ()
-        chosen = self.envs or (*SETTINGS, *(name for name in ids if name not in SETTINGS))
-        return tuple(canonical(name, self.sim) for name in chosen)
+        chosen = self.envs or (*SETTINGS, *(VARIANTS if self.all else ()))
+        # Seven of RL4VLA's ids are settings of Table 3 by another name.
+        return tuple(dict.fromkeys(canonical(name, self.sim) for name in chosen))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +164,8 @@ def _check_writable(path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError(None, "it is a folder")
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(None, "it is write-protected")
     except OSError as error:
         raise _unwritable(path, error) from error
 
@@ -359,12 +365,8 @@ def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    """Write JPEG, or PNG in 256 colours: full colour would take three times the space."""
+    """Write every pixel as it is, or as JPEG."""
     try:
-        if path.suffix.lower() == ".png":
-            few = sheet.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
-            few.save(path, optimize=True)
-        else:
-            sheet.save(path, quality=_QUALITY, subsampling=0, optimize=True)
+        sheet.save(path, quality=_QUALITY, optimize=True)  # PNG has no quality and ignores it
     except OSError as error:
         raise _unwritable(path, error) from error

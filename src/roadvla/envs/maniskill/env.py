@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from roadvla.envs.base import Step
 from roadvla.envs.maniskill.assets import asset_folders
 from roadvla.envs.maniskill.episodes import Episodes, decode, draw_ids
+from roadvla.envs.maniskill.inspection import stand_ins_in
 from roadvla.envs.maniskill.instructions import instructions
 from roadvla.envs.maniskill.judge import potential
 from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES, read_boxes
@@ -93,6 +96,9 @@ class ManiSkillEnv:
             workers = Workers(recipe, num_envs, processes=processes)
             self._backend, self._out = workers, workers.outputs
         folders = asset_folders()
+        self._stand_in_files = tuple(found.asset.path for found in stand_ins_in(folders))
+        if self._stand_in_files and not settings.stand_ins:
+            _warn(self._stand_in_files)
         self.boxes = (
             read_boxes(folders.objects / "model_db.json", OBJECTS),
             read_boxes(folders.receptacles / "model_db.json", RECEPTACLES),
@@ -108,7 +114,12 @@ class ManiSkillEnv:
     @property
     def facts(self) -> dict[str, object]:
         """What decides episodes and frames beyond setting and set; evaluations record it."""
-        return {**self.settings.facts, "shader": self._shader, "physics": self.device.type}
+        return {
+            **self.settings.facts,
+            "shader": self._shader,
+            "physics": self.device.type,
+            "stand_in_files": list(self._stand_in_files),
+        }
 
     @property
     def episodes(self) -> Episodes:
@@ -210,6 +221,16 @@ class ManiSkillEnv:
     def close(self) -> None:
         """End the workers, or free the scene; doing it twice is harmless."""
         self._backend.close()
+
+
+@cache
+def _warn(files: tuple[str, ...]) -> None:
+    """Say once that results are not the benchmark's own."""
+    print(
+        f"roadvla: {len(files)} assets are plain shapes in place of the originals, and results say "
+        f"so: roadvla assets check names them, --stand-ins accepts them",
+        file=sys.stderr,
+    )
 
 
 def _command(action: Float[Tensor, "B 7"]) -> Float[Tensor, "B 7"]:

@@ -36,7 +36,7 @@ class Frames:
         self._variant, self._folders, self._size, self._device = variant, folders, size, device
         self._background = torch.empty(0)
         self._texture = torch.empty(0)
-        self._textures = torch.empty(0, dtype=torch.uint8)
+        self._textures = torch.empty((0, 1, 1, 3), dtype=torch.uint8)
         if isinstance(variant.shift, TextureShift | WholeImageShift):
             whole = isinstance(variant.shift, WholeImageShift)
             names = TEXTURES[: variant.extra.all.stop]

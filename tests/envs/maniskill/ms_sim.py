@@ -1,0 +1,40 @@
+"""What tests on ManiSkill need: the package, the assets, and a device to draw with."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import pytest
+import torch
+from ms_recorded import ASSETS, SHARED
+
+# ManiSkill reads this when it is imported.
+os.environ.setdefault("MS_ASSET_DIR", str(SHARED / "assets"))
+
+
+@cache
+def missing() -> str:
+    """Say what is missing, or nothing."""
+    if find_spec("mani_skill") is None:
+        return "mani_skill is not installed: pip install 'roadvla[maniskill]'"
+    if not (ASSETS / "more_carrot" / "model_db.json").exists():
+        return f"no assets in {ASSETS}"
+    from roadvla.envs.maniskill.rendering import render_device
+    from roadvla.errors import UserError
+
+    try:
+        render_device()
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def simulator():
+    """Skip the module's tests where ManiSkill cannot run."""
+    reason = missing()
+    if reason:
+        pytest.skip(reason)
+    torch.set_num_threads(1)
