@@ -258,7 +258,7 @@ def _notes(sim: str) -> list[str]:
     bodies += [(folders.receptacles / model.folder, model.name) for model in RECEPTACLES]
     plain = [name for place, name in bodies if place in known or visual_of(place) is None]
     if folders.stage.parent in known or not folders.stage.is_file():
-        plain.append("the stage, which is never in view")
+        plain.append("the stage (never in view)")
     return [_LICENCE, *([f"Plain shapes stand in for: {', '.join(plain)}."] if plain else [])]
 
 
