@@ -241,6 +241,7 @@ def test_a_damaged_part_is_made_again_and_no_other(whole, copy, number, harm):
             load_demonstrations(copy)
     again(copy)
     assert files(copy) == files(whole)
+    assert read_record(copy).parts == read_record(whole).parts
     assert {part: part.stat().st_mtime_ns for part in others} == others
 
 
@@ -316,9 +317,23 @@ def test_folders_of_others_are_spared(copy, tmp_path):
         again(tmp_path / "file")
 
 
-def test_batches_have_episodes_and_noise_of_their_own(whole):
-    first, second = (load_demonstrations(path) for path in sorted(whole.glob("part-*"))[:2])
-    assert not torch.equal(first.image[0], second.image[0])
+def test_batches_have_episodes_gains_and_noise_of_their_own(tmp_path):
+    batches = []
+
+    def act(env, gain, generator):
+        batches.append((env, gain, generator.get_state()))
+        return expert_of("tabletop", 0.3)(env, gain, generator)
+
+    for seed in (0, 1):
+        collect(settings(tmp_path / str(seed), seed=seed, episodes=12), act=act)
+    horizon = batches[0][0].horizon
+    starts = batches[::horizon]
+    assert len(starts) >= 4
+    gains = torch.stack([gain for _, gain, _ in starts])
+    assert 0.55 <= float(gains.min()) < float(gains.max()) <= 0.8
+    assert len(gains.flatten().unique()) == gains.numel()
+    assert len({bytes(state.tolist()) for _, _, state in starts}) == len(starts)
+    assert all(torch.equal(gain, gains[0]) for _, gain, _ in batches[:horizon])
     seeds = {collecting._seed(seed, number) for seed in range(20) for number in range(50)}
     assert len(seeds) == 1000
     assert min(seeds) >= 0
