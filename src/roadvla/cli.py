@@ -207,6 +207,14 @@ def check_env(arguments: list[str]) -> None:
         raise FailedCheckError(f"{broken[0]}{more}")
 
 
+def gallery(arguments: list[str]) -> None:
+    """Draw episodes of every setting, in and out of distribution, on one picture."""
+    from roadvla.report.gallery import Gallery, write_gallery
+
+    wanted = parse(Gallery, "gallery", arguments)
+    print(write_gallery(wanted, report=lambda line: print(line, file=sys.stderr, flush=True)))
+
+
 def demo(*, output: Path = Path("runs/demo"), seed: int = 0, fast: bool = False) -> None:
     """Warm up, adapt by PPO and by ROAD, evaluate, report: the whole path in small.
 
@@ -251,6 +259,7 @@ _CONFIGURED: dict[str, Callable[[list[str]], None]] = {
     "eval": evaluate,
     "plan": plan,
     "check-env": check_env,
+    "gallery": gallery,
 }
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -264,6 +273,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "make-tiny-openvla": make_tiny_openvla,
     "check-env": check_env,
+    "gallery": gallery,
     "assets": assets,
     "fetch-vulkan": fetch_vulkan,
     "doctor": doctor,

@@ -161,7 +161,11 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
 
 
 def collect_demonstrations(
-    settings: WarmUp, *, num_envs: int | None = None, act: Expert | None = None, parts: Parts | None = None
+    settings: WarmUp,
+    *,
+    num_envs: int | None = None,
+    act: Expert | None = None,
+    parts: Parts | None = None,
 ) -> Demonstrations:
     """Let the expert act until there are enough successful episodes.
 

@@ -80,7 +80,7 @@ def workers():
         build="chosen",
         device="cpu",
     )
-    running = Workers(recipe, 2, processes=2, timeout=60)
+    running = Workers(recipe, 2, processes=2, timeout=60.0)
     yield running
     running.close()
 

@@ -106,6 +106,7 @@ class ManiSkillEnv:
         self._elapsed = -1
         self._ids = torch.empty(0, dtype=torch.int64)
         self._episodes: Episodes | None = None
+        self._instructions: list[str] = []
         self._image = self._out.image
         self._potential = torch.zeros(num_envs, device=self.device)
         self._ended = torch.zeros(num_envs, dtype=torch.bool, device=self.device)
@@ -151,7 +152,7 @@ class ManiSkillEnv:
     @property
     def instructions(self) -> list[str]:
         """What each episode asks for."""
-        return instructions(self.variant, self.episodes)
+        return self._instructions
 
     def reset(self, episode_ids: Int[Tensor, " N"]) -> UInt8[Tensor, "B H W 3"]:
         """Start the episodes with these numbers and return their first frames.
@@ -171,6 +172,7 @@ class ManiSkillEnv:
         """Start the episodes with these ids of RL4VLA's and return their first frames."""
         self._ids = rl4vla_ids.cpu()
         self._episodes = decode(self.variant, self.split, self._ids)
+        self._instructions = instructions(self.variant, self._episodes)
         self._elapsed = -1
         self._backend.reset(self._ids.to(self.device))
         self._elapsed = 0

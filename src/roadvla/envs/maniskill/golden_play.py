@@ -21,7 +21,7 @@ _BLOCK = 16
 # A processor that rounds a sine in another way sets the arm elsewhere by 1e-7, and contact makes
 # millimetres of that: paths are compared loosely there, and outcomes exactly.
 _LOOSE, _LOOSE_TURN = 1e-2, 0.2
-_BLOCK_ROW, _MOVED_BLOCK = ("images, block", 12), ("images in contact, block", 60)
+_BLOCK_ROW, _MOVED_BLOCK = ("images, block", 12.0), ("images in contact, block", 60.0)
 # Beyond these a body that was seen to depend on rounding may come to rest elsewhere.
 _UNSTABLE_HEIGHT, _UNSTABLE_POSITION = 5e-3, 4e-2
 
@@ -182,7 +182,7 @@ class Play:
             if recorded[index] >= 0:
                 allowed = 0.02 * recorded[index] + 30
                 self._add("pixels / allowed", 1.0, "", (seg[index] - recorded[index]) / allowed)
-        self._add("box of pixels", 3, "pixels", seg[5:] - recorded[5:])
+        self._add("box of pixels", 3.0, "pixels", seg[5:] - recorded[5:])
         if frame == 0:
             share = float(mask.float().mean()) * mask.numel()
             recorded_share = self.entry["foreground_fraction"] * mask.numel()
@@ -217,7 +217,7 @@ class Play:
         self._same("flags at the end", flags[-1].tolist(), recorded[-1].tolist())
         for column in range(3):
             own, theirs = (_first(f[:, column]) for f in (flags, recorded))
-            self._add("first step of a flag", 1 if self.grasp else 0, "steps", own - theirs)
+            self._add("first step of a flag", 1.0 if self.grasp else 0.0, "steps", own - theirs)
 
     def _pose(
         self, name: str, own: np.ndarray, recorded: np.ndarray, far: float, turned: float

@@ -145,4 +145,4 @@ def _composites(recording: Recording, wanted: set[str], result: Comparison) -> N
             torch.tensor([False, True]),
         )
         off = out[0, ::2, ::2].int().numpy() - arrays[f"composite_{k}_out"].astype(np.int32)
-        result.row("overlay arithmetic", 1, "of 255").add(off, f"composite {k}")
+        result.row("overlay arithmetic", 1.0, "of 255").add(off, f"composite {k}")
