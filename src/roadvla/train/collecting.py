@@ -25,6 +25,7 @@ from roadvla.train.collection import (
     Record,
     check_same,
     checksum,
+    note_simulator,
     read_record,
     settings_of,
 )
@@ -79,8 +80,7 @@ def collect(
                 ):
                     if env is None:
                         env = _make(settings, make_env)
-                        record.simulator = dict(getattr(env, "facts", {}))
-                        record.image_shape = list(env.image_shape)
+                        note_simulator(record, env, folder)
                     before = record.kept
                     _run(env, number, settings, act, record, folder)
                 rate = record.succeeded / record.attempts
@@ -123,8 +123,8 @@ def describe(record: Record) -> list[str]:
             f"  on disk     {megabytes:.1f} MB in {len(files)} parts",
         ]
     lines.append(f"  made on     {record.about['machine']}, {record.about['started']}")
-    if record.simulator.get("stand_ins"):
-        lines.append("  stand_ins   plain shapes may replace meshes that were missing")
+    if stand_ins := record.simulator.get("stand_in_files"):
+        lines.append(f"  stand-ins   plain shapes in place of {len(stand_ins)} of the assets")
     return lines
 
 

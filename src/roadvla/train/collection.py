@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from roadvla.envs import ManiSkillSettings
+from roadvla.envs.base import VectorEnv
 from roadvla.errors import UserError
 from roadvla.train.checks import check_choices, check_simulator
 from roadvla.train.demonstrations import COLLECTION
@@ -220,6 +221,23 @@ def check_same(record: Record, wanted: Collection, folder: Path) -> None:
                 f"{folder} holds a collection with {name.rpartition('.')[2]} {found.get(name)!r}, "
                 f"not {value!r}: use that, or choose another --output"
             )
+
+
+def note_simulator(record: Record, env: VectorEnv, folder: Path) -> None:
+    """Note what decides episodes and frames beyond the settings, or compare it with what was noted.
+
+    Raises:
+        UserError: If it has changed since the collection was begun: with originals in the place of
+            stand-ins, say, the frames would differ from part to part.
+    """
+    facts = json.loads(json.dumps(getattr(env, "facts", {})))
+    for name, value in facts.items() if record.parts else ():
+        if record.simulator.get(name) != value:
+            raise UserError(
+                f"{folder} was begun with {name} {record.simulator.get(name)!r}, now it would be "
+                f"{value!r}: choose another --output"
+            )
+    record.simulator, record.image_shape = facts, list(env.image_shape)
 
 
 def checksum(path: Path) -> str:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs import Actor, Pose, SimConfig
+from sapien.render import RenderBodyComponent
 from torch import Tensor
 
 from roadvla.envs.maniskill.agent import CAMERA, CONTROL, WidowX
@@ -238,6 +239,8 @@ class PutOnPlateScene(BaseEnv):
             pick = {"object": self._objects, "receptacle": self._receptacles}
             self.target = self._view(pick["object"], episodes.object, "target")
             self.receptacle = self._view(pick["receptacle"], episodes.receptacle, "goal")
+            if self._draws and not self.gpu_sim_enabled:
+                self._hide_parked()
             some = bool((episodes.distractor >= 0).all())
             self.distractor = (
                 self._view(pick[kind], episodes.distractor, "distractor") if some else None
@@ -252,6 +255,18 @@ class PutOnPlateScene(BaseEnv):
                 body.set_pose(Pose.create(poses[:, slot]))
         if self.gpu_sim_enabled:
             self.scene._gpu_apply_all()
+
+    def _hide_parked(self) -> None:
+        """Draw no body that stands out of view: on a processor their triangles cost most."""
+        (target,), (receptacle,), (distractor,) = (
+            getattr(self.episodes, name).tolist() for name in ("object", "receptacle", "distractor")
+        )
+        shown = {"object": {target}, "receptacle": {receptacle}}
+        shown[self._distractor_kind].add(distractor)
+        for kind, bodies in (("object", self._objects), ("receptacle", self._receptacles)):
+            for index, body in enumerate(bodies):
+                component = body._objs[0].find_component_by_type(RenderBodyComponent)
+                component.visibility = float(index in shown[kind])
 
     def _view(self, bodies: list[Actor], index: Tensor, name: str) -> Actor:
         """One actor that stands for another body in each scene."""
@@ -389,7 +404,7 @@ def _merge(bodies: list[Actor], name: str) -> Actor | None:
 def _polish(robot: Any) -> None:
     for link in robot.links:
         for part in link._objs:
-            component = part.entity.find_component_by_type(sapien.render.RenderBodyComponent)
+            component = part.entity.find_component_by_type(RenderBodyComponent)
             for shape in component.render_shapes if component is not None else ():
                 for piece in shape.parts:
                     piece.material.set_specular(ROBOT_SPECULAR)
