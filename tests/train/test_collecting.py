@@ -287,6 +287,24 @@ def test_settings_of_the_simulator_are_compared_too(copy):
         again(copy)
 
 
+def test_a_simulator_that_has_changed_is_named(copy):
+    def changed(*names, **settings):
+        env = make_env(*names, split=settings["split"], num_envs=settings["num_envs"])
+        env.facts = {"shader": "one_pass", "stand_in_files": ("plate",)}
+        return env
+
+    folder = copy.parent / "marked"
+    collect(settings(folder), make_env=changed)
+    assert read_record(folder).simulator["stand_in_files"] == ["plate"]
+    assert "in place of 1 of the assets" in describe(read_record(folder))[-1]
+    sorted(folder.glob("part-*"))[-1].unlink()
+    sorted(copy.glob("part-*"))[-1].unlink()
+    with pytest.raises(UserError, match=r"with shader None, now it would be 'one_pass'"):
+        collect(settings(copy), make_env=changed)
+    collect(settings(folder), make_env=changed)
+    assert len(files(folder)) == len(read_record(folder).parts)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"format": 1}', '{"format": 1, "parts": [3]}', "3"]
 )
