@@ -8,10 +8,13 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from ms_recorded import ASSETS, SHARED
+from ms_recorded import SHARED
+
+from roadvla.envs.maniskill.assets import asset_folders
 
 # ManiSkill reads this when it is imported.
-os.environ.setdefault("MS_ASSET_DIR", str(SHARED / "assets"))
+if (SHARED / "assets").is_dir():
+    os.environ.setdefault("MS_ASSET_DIR", str(SHARED / "assets"))
 
 
 @cache
@@ -19,8 +22,9 @@ def missing() -> str:
     """Say what is missing, or nothing."""
     if find_spec("mani_skill") is None:
         return "mani_skill is not installed: pip install 'roadvla[maniskill]'"
-    if not (ASSETS / "more_carrot" / "model_db.json").exists():
-        return f"no assets in {ASSETS}"
+    folders = asset_folders()
+    if not (folders.objects / "model_db.json").exists():
+        return f"no assets in {folders.rl4vla}"
     from roadvla.envs.maniskill.rendering import render_device
     from roadvla.errors import UserError
 

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from ms_recorded import SHARED
+from ms_recorded import SHARED, needs_assets
 from ms_sim import simulator  # noqa: F401
 
 from roadvla import cli, envs
@@ -117,6 +117,7 @@ def test_a_missing_asset_is_refused_with_the_command_that_fetches_it(tmp_path, m
         make(1)
 
 
+@needs_assets
 def test_a_missing_mesh_is_no_silent_substitute(tmp_path, monkeypatch):
     (tmp_path / "data" / "tasks").mkdir(parents=True)
     for name in ("robots", "tasks/rl4vla"):
