@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def _ring() -> None:
 
 def folder(place: Path, facts: object | None = None, **arrays: np.ndarray) -> Path:
     if facts is None:
-        facts = {"episodes": [], "actions": []}
+        facts = {"episodes": [], "actions": [], "image_steps": []}
     place.mkdir(exist_ok=True)
     (place / "episodes.json").write_text(json.dumps(facts), encoding="utf-8")
     np.savez(place / "arrays.npz", **arrays)
@@ -58,7 +60,8 @@ def refusal(place: Path) -> str:
 
 
 def test_a_recording(tmp_path: Path) -> None:
-    facts = {"episodes": [{"env_id": MAIN}], "actions": [[0.0] * 7], "more": "é"}
+    episodes, actions = [{"env_id": MAIN}], [[0.0] * 7]
+    facts = {"episodes": episodes, "actions": actions, "image_steps": [0], "more": "é"}
     place = folder(tmp_path, facts, actions=np.eye(7), flags=np.ones((1, 2), np.uint8))
     found = read_recording(place)
     assert found.facts == facts
@@ -213,7 +216,11 @@ def test_passing() -> None:
 
 
 entries = st.lists(
-    st.tuples(st.sampled_from("abc"), st.floats(0, 3), st.sampled_from(["one", "two", "three"])),
+    st.tuples(
+        st.sampled_from("abc"),
+        st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+        st.sampled_from(["one", "two", "three"]),
+    ),
     max_size=12,
 )
 
@@ -238,15 +245,19 @@ def test_merging_is_as_if_it_had_been_one(first: Any, second: Any) -> None:
 def test_merging_keeps_tolerances_and_failures() -> None:
     other, result = Comparison(), Comparison()
     other.row("pose", 0.5, "m").add(0.7, "there")
+    other.row("exact", 0.5, "m").add(0.0, "there")
     result.merge(other)
-    assert result.rows == {"pose": Quantity("pose", 0.5, "m", 1, 0.7, "there", 1)}
+    assert result.rows == {
+        "pose": Quantity("pose", 0.5, "m", 1, 0.7, "there", 1),
+        "exact": Quantity("exact", 0.5, "m", 1, 0.0, "there", 0),
+    }
     assert not result.passed
 
 
 # What is played
 
 
-def recorded(env_ids: list[str], grasps: list[str] = []) -> Recording:  # noqa: B006
+def recorded(env_ids: Sequence[str], grasps: Sequence[str] = ()) -> Recording:
     """Episodes whose numbers are k, of ids that take turns; stored in reverse order."""
     count = len(env_ids)
     facts = {
@@ -365,8 +376,6 @@ class Now:
         pass
 
     def submit(self, function: Any, *arguments: Any) -> Any:
-        from concurrent.futures import Future
-
         future: Future[Any] = Future()
         future.set_result(function(*arguments))
         return future

@@ -38,7 +38,7 @@ class WidowX(WidowX250SBridgeDatasetFlatTable):
     @property
     def _controller_configs(self) -> dict[str, Any]:
         (parts,) = super()._controller_configs.values()
-        arm = replace(parts["arm"])
+        arm: Any = replace(parts["arm"])
         arm.controller_cls = IteratedPoseController
         first, second = self.gripper_joint_names
         # What upstream assumes, with a warning, if it is not told.

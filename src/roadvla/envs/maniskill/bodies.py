@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import sapien
 from mani_skill.envs.scene import ManiSkillScene
@@ -16,7 +17,7 @@ from roadvla.envs.maniskill.objects import Model
 _FRICTION = 1.0
 _STAGE_POSE = sapien.Pose([2.0634, 2.8313, 0.0])
 _STAGE_TURN = sapien.Pose(q=[0.707, 0.707, 0.0, 0.0])
-_STAND_IN_COLOUR = (0.6, 0.6, 0.6, 1.0)
+_STAND_IN_COLOUR = [0.6, 0.6, 0.6, 1.0]
 # The table that stands in for the stage: its top is where RL4VLA's bodies come to rest.
 _TABLE_TOP, _TABLE_HALF, _TABLE_CENTRE = 0.8695, (0.6, 0.7, 0.03), (-0.15, 0.0)
 _FLOOR_HALF = 4.0
@@ -45,7 +46,7 @@ def build_body(
         UserError: If a mesh is missing.
     """
     folder = models / model.folder
-    builder = scene.create_actor_builder()
+    builder: Any = scene.create_actor_builder()
     collision = str(require(folder / COLLISION))
     material = PhysxMaterial(static_friction=_FRICTION, dynamic_friction=_FRICTION, restitution=0.0)
     scale = [model.scale] * 3
@@ -77,7 +78,7 @@ def build_stage(scene: ManiSkillScene, folders: AssetFolders, *, stand_ins: bool
     Raises:
         UserError: If the mesh is missing.
     """
-    builder = scene.create_actor_builder()
+    builder: Any = scene.create_actor_builder()
     if folders.stage.is_file() or not stand_ins:
         stage = str(require(folders.stage))
         builder.add_nonconvex_collision_from_file(stage, pose=_STAGE_TURN)

@@ -69,8 +69,8 @@ class Frames:
 def _read(folder: Path, name: str, size: tuple[int, int]) -> UInt8[Tensor, "H W 3"]:
     with Image.open(require(folder / name)) as picture:
         colours = picture.convert("RGB")
-        if colours.size != size[::-1]:
-            colours = colours.resize(size[::-1], Image.Resampling.BILINEAR)
+        if colours.size != (size[1], size[0]):
+            colours = colours.resize((size[1], size[0]), Image.Resampling.BILINEAR)
         return torch.from_numpy(np.array(colours))
 
 

@@ -103,7 +103,8 @@ def read_recording(folder: Path) -> Recording:
         facts = json.loads((folder / "episodes.json").read_text(encoding="utf-8"))
         with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
-        facts["episodes"], facts["actions"]
+        if missing := {"episodes", "actions", "image_steps"} - set(facts):
+            raise ValueError(f"no {sorted(missing)}")
     except OSError as error:
         raise UserError(
             f"cannot read {folder} ({error.strerror or error}): a folder with episodes.json and "

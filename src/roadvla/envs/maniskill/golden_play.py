@@ -128,7 +128,7 @@ class Play:
 
     def _state(self, step: int) -> None:
         scene, arrays = self.scene, self.arrays
-        controller = scene.agent.controller.controllers["arm"]
+        controller = scene.arm
         target = controller._target_pose.raw_pose[0].numpy()
         teleported = bool(self.entry.get("teleport"))
         if self.stable or not teleported:

@@ -17,8 +17,8 @@ def register() -> None:
     """Register all ids; doing it twice is harmless."""
     for env_id in VARIANTS:
         if env_id not in gymnasium.registry:
-            about = {"setting": env_id, "build": "all"}
-            register_env(env_id, max_episode_steps=HORIZON, **about)(PutOnPlateScene)
+            make = register_env(env_id, max_episode_steps=HORIZON, setting=env_id, build="all")
+            make(PutOnPlateScene)
 
 
 register()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import sapien
@@ -79,7 +79,7 @@ class PutOnPlateScene(BaseEnv):
     ) -> None:
         self.variant = variant(setting, Fixes(**(fixes or {})))
         self.build, self._stand_ins, self._draws = build, stand_ins, shader is not None
-        self.size = tuple(size)
+        self.size = (int(size[0]), int(size[1]))
         self._folders = asset_folders()
         self._boxes = (
             read_boxes(self._folders.objects / "model_db.json", OBJECTS),
@@ -94,7 +94,7 @@ class PutOnPlateScene(BaseEnv):
         if shader is not None:
             cameras = {CAMERA: {"shader_config": shader_config(shader), **_camera(self.size)}}
         kwargs.setdefault("sensor_configs", cameras)
-        super().__init__(robot_uids=WidowX, **kwargs)
+        super().__init__(robot_uids=cast("Any", WidowX), **kwargs)
 
     @property
     def _default_sim_config(self) -> SimConfig:
@@ -204,11 +204,11 @@ class PutOnPlateScene(BaseEnv):
         base = torch.tensor(ROBOT_POSE, device=self.device).expand(self.num_envs, 7)
         lifted = base.clone()
         lifted[:, 2] += ROBOT_LIFT
-        self.agent.robot.set_pose(Pose.create(lifted))
+        self.agent.robot.pose = Pose.create(lifted)
         self._place_bodies()
         self.spawned = self._body_poses()
         self.settle_substeps = self._settle()
-        self.agent.robot.set_pose(Pose.create(base.clone()))
+        self.agent.robot.pose = Pose.create(base.clone())
         self.agent.reset(start_qpos(self.variant, episodes).to(self.device))
         self.settled = self._body_poses()
         turned = self.settled[:, :, 3:]
@@ -249,7 +249,8 @@ class PutOnPlateScene(BaseEnv):
             chosen = self._chosen_bodies
             self.target = _merge(chosen["object"], "target")
             self.receptacle = _merge(chosen["receptacle"], "goal")
-            self.distractor = _merge(chosen["distractor"], "distractor")
+            others = chosen["distractor"]
+            self.distractor = _merge(others, "distractor") if others else None
             poses = spawn_poses(self.variant, episodes).to(self.device)
             for slot, body in enumerate(self._bodies()):
                 body.set_pose(Pose.create(poses[:, slot]))
@@ -265,7 +266,7 @@ class PutOnPlateScene(BaseEnv):
         shown[self._distractor_kind].add(distractor)
         for kind, bodies in (("object", self._objects), ("receptacle", self._receptacles)):
             for index, body in enumerate(bodies):
-                component = body._objs[0].find_component_by_type(RenderBodyComponent)
+                component: Any = body._objs[0].find_component_by_type(RenderBodyComponent)
                 component.visibility = float(index in shown[kind])
 
     def _view(self, bodies: list[Actor], index: Tensor, name: str) -> Actor:
@@ -342,16 +343,22 @@ class PutOnPlateScene(BaseEnv):
         force = self.scene.get_pairwise_contact_forces(self.target, self.receptacle)
         success = on_receptacle(target, goal, self.half_sizes[:, 0], self.half_sizes[:, 1], force)
         self.progress = self.progress.after(self.agent.is_grasping(self.target), success)
-        fingers = (self.agent.finger1_link.pose.p + self.agent.finger2_link.pose.p) / 2
+        first, second = self.agent.finger1_link, self.agent.finger2_link  # type: ignore[union-attr]
+        fingers = (first.pose.p + second.pose.p) / 2
         self.distances = {
             "gripper_carrot_dist": (fingers - target).norm(dim=1),
             "gripper_plate_dist": (fingers - goal).norm(dim=1),
             "carrot_plate_dist": (target - goal).norm(dim=1),
         }
 
+    @property
+    def arm(self) -> Any:
+        """The arm's controller."""
+        return cast("Any", self.agent.controller).controllers["arm"]
+
     def state(self) -> Float[Tensor, "B S"]:
         """Simulator state for experts and analyses, to be read with ``unpack_state``."""
-        arm = self.agent.controller.controllers["arm"]
+        arm = self.arm
         fingers = self.agent.robot.get_qpos()[:, -2:].mean(dim=1, keepdim=True)
         held = self.progress.grasp_count[:, None].float()
         hand, bodies = arm.ee_pose.raw_pose, self._body_poses().flatten(1)
@@ -397,8 +404,8 @@ class PutOnPlateScene(BaseEnv):
         return keep
 
 
-def _merge(bodies: list[Actor], name: str) -> Actor | None:
-    return Actor.merge(bodies, name) if bodies else None
+def _merge(bodies: list[Actor], name: str) -> Actor:
+    return Actor.merge(bodies, name)
 
 
 def _polish(robot: Any) -> None:

@@ -20,7 +20,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from jaxtyping import Float, Int
@@ -143,7 +143,7 @@ class Workers:
                 if answer == "failed":
                     self._fail(worker, "failed", words)
 
-    def _fail(self, worker: _Worker, what: str, words: str = "") -> None:
+    def _fail(self, worker: _Worker, what: str, words: str = "") -> NoReturn:
         worker.process.join(timeout=_GRACE if what == "died" else 0)
         code = worker.process.exitcode
         words = words or _last_words(worker.log)
