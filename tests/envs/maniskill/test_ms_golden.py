@@ -99,7 +99,16 @@ def test_json_in_another_encoding(tmp_path: Path) -> None:
     assert "in this layout" in refusal(place)
 
 
-@pytest.mark.parametrize("facts", [{}, {"episodes": []}, {"actions": []}, [], [1], "episodes", 3])
+@pytest.mark.parametrize("missing", ["episodes", "actions", "image_steps"])
+def test_facts_that_are_missing(tmp_path: Path, missing: str) -> None:
+    facts = {"episodes": [], "actions": [], "image_steps": []}
+    del facts[missing]
+    message = refusal(folder(tmp_path, facts))
+    assert "in this layout" in message
+    assert repr(missing) in message
+
+
+@pytest.mark.parametrize("facts", [{}, [], [1], "episodes", 3])
 def test_other_layouts(tmp_path: Path, facts: object) -> None:
     assert "in this layout" in refusal(folder(tmp_path, facts))
 
