@@ -59,10 +59,27 @@ class Conformance:
     def __post_init__(self) -> None:
         """Refuse settings that would not be used, and nothing to check."""
         check_range(self, "every", least=1.0)
-        if self.golden is None:
-            check_simulator(self)
-            if not self.env:
-                raise UserError(f"no environment is named: known are {', '.join(SETTINGS)}")
+        if self.golden is not None:
+            self._check_golden()
+            return
+        check_simulator(self)
+        if not self.env:
+            raise UserError(f"no environment is named: known are {', '.join(SETTINGS)}")
+        if self.every != 1 or not self.pictures:
+            raise UserError(
+                "--every and --no-pictures are for --golden FOLDER: add it or drop them"
+            )
+
+    def _check_golden(self) -> None:
+        """Recorded episodes decide everything but where the work is done."""
+        used = ManiSkillSettings(
+            stand_ins=self.maniskill.stand_ins, processes=self.maniskill.processes
+        )
+        if self.maniskill != used or self.device != "cpu":
+            raise UserError(
+                "with --golden only --stand-ins, --processes, --every and --no-pictures are used: "
+                "drop the other flags"
+            )
 
 
 def check(wanted: Conformance) -> list[str]:

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from roadvla.envs import SIMULATORS
 from roadvla.envs.base import VectorEnv
+from roadvla.errors import unknown_name
 
 if TYPE_CHECKING:
     from roadvla.envs.maniskill.env import ManiSkillEnv
@@ -24,7 +26,12 @@ def expert_of(sim: str, noise: float) -> Expert:
     Args:
         sim: ``tabletop`` or ``maniskill``.
         noise: Standard deviation of its noise, in fractions of the motions' limits.
+
+    Raises:
+        UserError: If there is no such simulator.
     """
+    if sim not in SIMULATORS:
+        raise unknown_name("simulator", sim, SIMULATORS)
     if sim == "maniskill":
 
         def act(env: VectorEnv, gain: Float[Tensor, " B"], generator: torch.Generator) -> Tensor:

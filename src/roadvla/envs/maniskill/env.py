@@ -147,7 +147,7 @@ class ManiSkillEnv:
         """
         if self._episodes is None:
             raise RuntimeError("reset the environment first")
-        return unpack_state(self._out.state)
+        return unpack_state(self._out.state.clone())
 
     @property
     def instructions(self) -> list[str]:

@@ -7,6 +7,9 @@ overlay cases of RL4VLA's own environments. A README in such a folder says what 
 from __future__ import annotations
 
 import json
+import tokenize
+import zipfile
+import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,18 @@ from typing import Any
 import numpy as np
 
 from roadvla.errors import UserError
+
+_DAMAGE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    EOFError,
+    RecursionError,
+    tokenize.TokenError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What reading damaged JSON and npz may end in."""
 
 
 @dataclass
@@ -40,7 +55,9 @@ class Quantity:
 
     def add(self, deviation: np.ndarray | float, where: str) -> None:
         """Take deviations in; NaN counts as infinite."""
-        values = np.nan_to_num(np.abs(np.asarray(deviation, dtype=np.float64)), nan=np.inf)
+        values = np.nan_to_num(
+            np.abs(np.asarray(deviation, dtype=np.float64)), nan=np.inf, posinf=np.inf
+        )
         if values.size == 0:
             return
         self.compared += values.size
@@ -103,6 +120,8 @@ def read_recording(folder: Path) -> Recording:
         facts = json.loads((folder / "episodes.json").read_text(encoding="utf-8"))
         with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
+        if not isinstance(facts, dict):
+            raise ValueError("episodes.json is no object")
         if missing := {"episodes", "actions", "image_steps"} - set(facts):
             raise ValueError(f"no {sorted(missing)}")
     except OSError as error:
@@ -110,6 +129,6 @@ def read_recording(folder: Path) -> Recording:
             f"cannot read {folder} ({error.strerror or error}): a folder with episodes.json and "
             f"arrays.npz is needed"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except _DAMAGE as error:
         raise UserError(f"{folder} holds no recorded episodes in this layout ({error})") from error
     return Recording(facts, arrays)

@@ -217,7 +217,12 @@ class Play:
         self._same("flags at the end", flags[-1].tolist(), recorded[-1].tolist())
         for column in range(3):
             own, theirs = (_first(f[:, column]) for f in (flags, recorded))
-            self._add("first step of a flag", 1.0 if self.grasp else 0.0, "steps", own - theirs)
+            row = (
+                ("first step of a flag, grasp", 1.0)
+                if self.grasp
+                else ("first step of a flag", 0.0)
+            )
+            self._add(*row, "steps", own - theirs)
 
     def _pose(
         self, name: str, own: np.ndarray, recorded: np.ndarray, far: float, turned: float

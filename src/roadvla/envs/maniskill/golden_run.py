@@ -74,8 +74,9 @@ def compare(
         raise UserError(f"the recorded episodes are not in the known layout: {error!r}") from error
     count = sum(len(group) for group in groups)
     if not count:
-        known = sorted({entry["env_id"] for entry in recording.facts["episodes"]})
-        raise UserError(f"no recorded episode of {sorted(wanted)}: there are {', '.join(known)}")
+        entries = [*recording.facts["episodes"], *recording.facts.get("grasps", [])]
+        known = ", ".join(sorted({entry["env_id"] for entry in entries})) or "none at all"
+        raise UserError(f"no recorded episode of {sorted(wanted) or 'any id'}: there are {known}")
     done = 0
     workers = min(processes or os.cpu_count() or 1, len(groups))
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
@@ -91,16 +92,19 @@ def _groups(recording: Recording, wanted: set[str], every: int) -> list[list[Job
     """Sort jobs by id, the longest first."""
     groups: dict[str, list[Job]] = {}
     facts, arrays = recording.facts, recording.arrays
-    for entry in facts["episodes"][::every]:
+    for entry in _chosen(facts["episodes"], wanted, every):
         rows = {name: arrays[name][entry["index"]] for name in _EPISODE_ARRAYS}
         job = (entry, {**rows, "actions": arrays["actions"]}, facts["image_steps"])
         groups.setdefault(entry["env_id"], []).append(job)
-    for entry in facts.get("grasps", [])[::every]:
+    for entry in _chosen(facts.get("grasps", []), wanted, every):
         prefix = f"grasp_{entry['k']}_"
         rows = {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
         groups.setdefault(entry["env_id"], []).append((entry, rows, entry["image_steps"]))
-    chosen = [jobs for env_id, jobs in groups.items() if not wanted or env_id in wanted]
-    return sorted(chosen, key=len, reverse=True)
+    return sorted(groups.values(), key=len, reverse=True)
+
+
+def _chosen(entries: list[dict[str, Any]], wanted: set[str], every: int) -> list[dict[str, Any]]:
+    return [entry for entry in entries if not wanted or entry["env_id"] in wanted][::every]
 
 
 def _play(jobs: list[Job], pictures: bool, stand_ins: bool) -> Comparison:

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 _RATE = 0.2
 _DAMPING = 1e-9
 _ITERATIONS = 200
 _NEAR = (1e-3, 0.01)
+_REACHED = (1e-2, 0.1)
 
 
 def solve(
@@ -44,9 +45,18 @@ def solve(
         away = (missing[:, :3].norm(dim=1) > _NEAR[0]) | (missing[:, 3:].norm(dim=1) > _NEAR[1])
         jacobian = jacobian_at(qpos)
         square = jacobian @ jacobian.mT + eye
-        step = jacobian.mT @ torch.linalg.solve(square, missing.unsqueeze(-1))
-        qpos = qpos + rate * away.unsqueeze(-1) * step.squeeze(-1)
+        # One singular arm must not stop the others: its step is not finite and is left out.
+        solved = torch.linalg.solve_ex(square, missing.unsqueeze(-1)).result
+        step = (jacobian.mT @ solved).squeeze(-1)
+        moves = away & torch.isfinite(step).all(dim=1)
+        qpos = torch.where(moves.unsqueeze(-1), qpos + rate * step, qpos)
     return qpos
+
+
+def reached(pose: Float[Tensor, "B 4 4"], target: Float[Tensor, "B 4 4"]) -> Bool[Tensor, " B"]:
+    """Whether a pose is within 1 cm and 0.1 rad of another."""
+    left = _missing(pose, target)
+    return (left[:, :3].norm(dim=1) < _REACHED[0]) & (left[:, 3:].norm(dim=1) < _REACHED[1])
 
 
 def _missing(pose: Float[Tensor, "B 4 4"], target: Float[Tensor, "B 4 4"]) -> Float[Tensor, "B 6"]:
@@ -82,14 +92,23 @@ class IteratedKinematics:
         self._upstream = upstream
 
     def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)  # or copying would look for ``_upstream`` without end
         return getattr(self._upstream, name)
 
     def compute_ik(self, *, pose: Any, q0: Tensor, **_: Any) -> Tensor:
-        """Return the arm's joint positions that reach a pose in the robot's base frame."""
+        """Return the arm's joint positions that reach a pose in the robot's base frame.
+
+        An arm that cannot reach it keeps its positions, as with the processor's solver.
+        """
         chain = self._upstream.pk_chain
         start = q0[:, self._upstream.active_ancestor_joint_idxs]
         target = pose.to_transformation_matrix()
-        found = solve(
-            lambda q: chain.forward_kinematics(q).get_matrix(), chain.jacobian, start, target
-        )
+
+        def pose_at(q: Tensor) -> Tensor:
+            return chain.forward_kinematics(q).get_matrix()
+
+        found = solve(pose_at, chain.jacobian, start, target)
+        near = reached(pose_at(found), target)
+        found = torch.where(near.unsqueeze(-1), found, start)
         return found[:, self._upstream.qmask]

@@ -47,12 +47,12 @@ class ManiSkillSettings:
             raise unknown_name("shader", self.shader, SHADERS)
         if self.processes is not None and self.processes < 1:
             raise UserError(f"processes is {self.processes}: at least 1 is needed")
-        for side in self.image_size or ():
-            if not _SMALLEST <= side <= _LARGEST:
-                raise UserError(
-                    f"image_size is {self.image_size}: expected height and width of {_SMALLEST} to "
-                    f"{_LARGEST} pixels"
-                )
+        sides = self.image_size or (HEIGHT, WIDTH)
+        if len(sides) != 2 or not all(_SMALLEST <= side <= _LARGEST for side in sides):
+            raise UserError(
+                f"image_size is {self.image_size}: expected height and width of {_SMALLEST} to "
+                f"{_LARGEST} pixels"
+            )
 
     @property
     def size(self) -> tuple[int, int]:

@@ -123,7 +123,14 @@ class Workers:
         self._wait()
 
     def _wait(self) -> None:
-        """Collect one answer of each worker."""
+        """Collect one answer of each worker; none is left for the next order."""
+        try:
+            self._collect()
+        except BaseException:
+            self.close()
+            raise
+
+    def _collect(self) -> None:
         waiting = {worker.pipe: worker for worker in self._workers}
         deadline = time.monotonic() + self._timeout
         while waiting:
