@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from roadvla import __version__
-from roadvla.errors import FailedCheckError, UserError, unknown_name
+from roadvla.errors import FailedCheckError, UserError, WorkerError, unknown_name
 from roadvla.experiments.asset_commands import assets, fetch_vulkan
 from roadvla.experiments.doctor import doctor
 from roadvla.flags import bound, form_of, parse, value_of
@@ -287,13 +287,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; the process's own unless given.
 
     Returns:
-        0; 1 if a check fails; 2 for bad input or a full disk; 130 after Ctrl-C; 141 when the reader
-        of stdout left.
+        0; 1 if a check or a worker fails; 2 for bad input or a full disk; 130 after Ctrl-C; 141
+        when the reader of stdout left.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         _dispatch(arguments)
         sys.stdout.flush()
+    except WorkerError as error:
+        print(f"roadvla: error: {error}", file=sys.stderr)  # with its traceback, as it is
+        return 1
     except FailedCheckError as error:
         return _fail(str(error), 1)
     except (UserError, OSError) as error:

@@ -10,6 +10,10 @@ class UserError(Exception):
     """Bad input; the command line prints its message as one line and exits with code 2."""
 
 
+class WorkerError(RuntimeError):
+    """A worker process failed, died or hung; the message ends with what it wrote last."""
+
+
 class FailedCheckError(Exception):
     """A check was made and failed; the command line prints one line and exits with code 1."""
 

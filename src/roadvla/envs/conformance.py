@@ -180,12 +180,12 @@ def _types(run: _Episode) -> str:
 
 
 def _ends(run: _Episode) -> str:
-    over = torch.zeros(_NUM_ENVS, dtype=torch.bool)
+    over = torch.zeros_like(run.steps[0].truncated)
     for index, step in enumerate(run.steps):
         last = index == len(run.steps) - 1
         if bool((step.truncated & ~over).any()) != last and not bool(over.all()):
             return f"truncated is {step.truncated.tolist()} at step {index + 1} of {len(run.steps)}"
-        over |= step.terminated.cpu()
+        over |= step.terminated
     return ""
 
 

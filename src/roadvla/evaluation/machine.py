@@ -23,6 +23,8 @@ def usable_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise UserError(f"unknown device {name!r}: use 'cpu' or 'cuda'") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"device {name!r} cannot be used: use 'cpu' or 'cuda'")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device {name!r} is not available here: use --device cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():

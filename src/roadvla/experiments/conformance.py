@@ -21,6 +21,7 @@ from roadvla.envs import SETTINGS, ManiSkillSettings, make_env
 from roadvla.envs.base import VectorEnv
 from roadvla.envs.conformance import check_env
 from roadvla.errors import UserError
+from roadvla.evaluation.machine import usable_device
 from roadvla.train.checks import check_range, check_simulator
 from roadvla.train.experts import expert_of
 
@@ -75,7 +76,8 @@ class Conformance:
         used = ManiSkillSettings(
             stand_ins=self.maniskill.stand_ins, processes=self.maniskill.processes
         )
-        if self.maniskill != used or self.device != "cpu":
+        others = (self.device, self.split, self.sim in ("tabletop", "maniskill"))
+        if self.maniskill != used or others != ("cpu", "test", True):
             raise UserError(
                 "with --golden only --stand-ins, --processes, --every and --no-pictures are used: "
                 "drop the other flags"
@@ -93,6 +95,7 @@ def check(wanted: Conformance) -> list[str]:
     """
     if wanted.golden is not None:
         return _compare(wanted, wanted.golden)
+    usable_device(wanted.device)
     broken: list[str] = []
     for env in wanted.env:
         broken += _contract(env, wanted, titled=len(wanted.env) > 1)

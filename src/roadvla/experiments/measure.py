@@ -238,6 +238,7 @@ def _refuse_loss(wanted: Measurement, results: Path, *, iteration: int | None) -
         temperature=wanted.temperature,
         iteration=iteration,
     )
+    lost = lost or _other_frames(found, wanted)
     if wanted.source is None and found.checkpoint != wanted.checkpoint:
         lost = f"{found.checkpoint}, not {wanted.checkpoint}"
     if lost:
@@ -246,6 +247,19 @@ def _refuse_loss(wanted: Measurement, results: Path, *, iteration: int | None) -
             f"{path} holds an evaluation of {lost}: choose another --output or pass --force to "
             f"replace it"
         )
+
+
+def _other_frames(found: Evaluation, wanted: Measurement) -> str:
+    """Say how the simulator was set for a stored evaluation, if it was set otherwise."""
+    facts = wanted.maniskill.facts
+    open_ones = ("image_size", "shader")  # what the policy and the device decide unless given
+    for name in open_ones:
+        if getattr(wanted.maniskill, name) is None:
+            del facts[name]
+    for name, value in facts.items() if found.simulator else ():
+        if found.simulator.get(name) != value:
+            return f"{name} {found.simulator.get(name)}, not {value}"
+    return ""
 
 
 def _refuse_others(folder: Path, about_it: dict[str, Any], *, force: bool) -> None:

@@ -14,6 +14,7 @@ from roadvla import envs
 from roadvla import policy as policies
 from roadvla.envs import ManiSkillSettings
 from roadvla.envs.base import VectorEnv
+from roadvla.errors import UserError
 from roadvla.policy.base import Critic, Policy
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
 from roadvla.policy.tiny import TinyArchitecture
@@ -46,9 +47,18 @@ class Parts:
 
 
 def maker_of(policy: PolicyKind, maniskill: ManiSkillSettings) -> Callable[..., VectorEnv]:
-    """Bind ``envs.make_env`` to a simulator's settings, with frames that the policy can see."""
-    if policy == "tiny" and maniskill.image_size is None:
+    """Bind ``envs.make_env`` to a simulator's settings, with frames that the policy can see.
+
+    Raises:
+        UserError: If other frames are asked for.
+    """
+    if policy == "tiny":
         side = TinyArchitecture().image_size
+        if maniskill.image_size not in (None, (side, side)):
+            raise UserError(
+                f"image_size is {maniskill.image_size}: the tiny policy sees {side} by {side} "
+                f"pixels only, drop it"
+            )
         maniskill = replace(maniskill, image_size=(side, side))
     return partial(envs.make_env, maniskill=maniskill)
 

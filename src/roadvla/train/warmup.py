@@ -215,7 +215,7 @@ def collect_demonstrations(
             for name, value in asdict(settings).items()
             if name in ("env", "sim", "seed", "gain", "noise", "levels", "tail")
         }
-        | {"split": "train"},
+        | {"split": "train", "simulator": dict(getattr(env, "facts", {}))},
     )
 
 
@@ -268,17 +268,18 @@ def _demonstrate(
     frames, actions, successes = [], [], []
     for _ in range(env.horizon):
         action = grid(act(env, gain, generator), settings.levels)
-        frames.append(frame.clone())
+        frames.append(frame.to("cpu", copy=True))
         actions.append(action)
         step = env.step(action)
         frame = step.image
         successes.append(step.info["success"].clone())
     success = torch.stack(successes).cpu()
-    image, action = torch.stack(frames, 1).cpu(), torch.stack(actions, 1).cpu()
+    action = torch.stack(actions, 1).cpu()
     found = []
     for b in success[-1].nonzero().flatten().tolist():
         length = int(success[:, b].int().argmax()) + 1 + settings.tail
-        found.append((image[b, :length], action[b, :length], instructions[b]))
+        image = torch.stack([frame[b] for frame in frames[:length]])
+        found.append((image, action[b, :length], instructions[b]))
     return found
 
 

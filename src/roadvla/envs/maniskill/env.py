@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
 from roadvla.envs.base import Step
-from roadvla.envs.maniskill.assets import asset_folders
+from roadvla.envs.maniskill.assets import asset_folders, require
 from roadvla.envs.maniskill.episodes import Episodes, decode, draw_ids
 from roadvla.envs.maniskill.inspection import stand_ins_in
 from roadvla.envs.maniskill.instructions import instructions
@@ -23,6 +23,7 @@ from roadvla.envs.maniskill.outputs import FLAGS, Outputs, Recipe
 from roadvla.envs.maniskill.settings import HORIZON, variant
 from roadvla.envs.maniskill.state import State, unpack_state
 from roadvla.envs.maniskill.workers import Workers
+from roadvla.errors import UserError
 
 MAX_TRANSLATION, MAX_ROTATION = 0.1, 0.5
 """Largest motions of one action, metres and radians: well beyond what Bridge's policies do. A
@@ -76,6 +77,11 @@ class ManiSkillEnv:
         self.device = torch.device(device)
         self.end_on_success = end_on_success
         gpu = self.device.type == "cuda"
+        if settings.batch_texture_box and not gpu and num_envs > 1:
+            raise UserError(
+                "batch_texture_box needs episodes that are simulated together: pass --device cuda "
+                "or drop it"
+            )
         self._shader = settings.shader or ("default" if gpu else "one_pass")
         recipe = Recipe(
             setting=self.variant.env_id,
@@ -92,7 +98,7 @@ class ManiSkillEnv:
             self._out = Outputs.empty(num_envs, settings.size, self.device)
             self._backend = Simulation(recipe, self._out)
         else:
-            processes = settings.processes or os.cpu_count() or 1
+            processes = settings.processes or len(os.sched_getaffinity(0))
             workers = Workers(recipe, num_envs, processes=processes)
             self._backend, self._out = workers, workers.outputs
         folders = asset_folders()
@@ -100,8 +106,8 @@ class ManiSkillEnv:
         if self._stand_in_files and not settings.stand_ins:
             _warn(self._stand_in_files)
         self.boxes = (
-            read_boxes(folders.objects / "model_db.json", OBJECTS),
-            read_boxes(folders.receptacles / "model_db.json", RECEPTACLES),
+            read_boxes(require(folders.objects / "model_db.json"), OBJECTS),
+            read_boxes(require(folders.receptacles / "model_db.json"), RECEPTACLES),
         )
         self._elapsed = -1
         self._ids = torch.empty(0, dtype=torch.int64)

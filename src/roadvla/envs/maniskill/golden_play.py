@@ -53,8 +53,17 @@ class Play:
         self.where = f"{entry['env_id']} {entry['obj_set']} {entry['episode_id']}"
         self.stable = bool(entry.get("order_sensitivity", {}).get("stable", True))
         self.grasp = "k" in entry
-        # A teleport may end on the gripper.
-        self.touched = self.grasp or bool(entry.get("teleport"))
+        self._contact = self._first_contact()
+
+    def _first_contact(self) -> int:
+        """The step from which fingers may touch the object; beyond all steps if they never do.
+
+        They touch it before the grasp is seen, and a teleport may put it onto them.
+        """
+        if self.grasp:
+            return max(_first(self.arrays["flags"][:, 0]) - 2, 0)
+        teleport = self.entry.get("teleport")
+        return teleport["step"] if teleport else len(self.arrays["flags"])
 
     def run(self) -> None:
         """Play it."""
@@ -121,7 +130,7 @@ class Play:
         self._add("spawn", 1e-6, "m", _where_set(scene.spawned[0].numpy(), arrays["spawn"]))
         qpos = scene.agent.robot.get_qpos()[0].numpy()
         self._add("reset_qpos", 1e-6, "rad, m", qpos - arrays["qpos"][0])
-        self._bodies("settled bodies", scene.settled[0].numpy(), arrays["settled"], settled=True)
+        self._bodies("settled bodies", scene.settled[0].numpy(), arrays["settled"])
         if self.stable:
             half = scene.half_sizes[0].numpy() - arrays["obj_rec_half_sizes"]
             self._add("half sizes", 1e-3, "m", half)
@@ -132,8 +141,8 @@ class Play:
         target = controller._target_pose.raw_pose[0].numpy()
         teleported = bool(self.entry.get("teleport"))
         if self.stable or not teleported:
-            loose = _LOOSE if self.touched else 1e-4
-            when = " in contact" if self.touched else ""
+            touched = step >= self._contact
+            loose, when = (_LOOSE, " in contact") if touched else (1e-4, "")
             qpos = scene.agent.robot.get_qpos()[0].numpy() - arrays["qpos"][step]
             self._add(f"qpos{when}", loose, "rad, m", qpos)
             hand = controller.ee_pose.raw_pose[0].numpy()
@@ -141,7 +150,7 @@ class Play:
         self._pose("controller's target", target, arrays["ee_target_base"][step], 1e-5, 1e-5)
         bodies = scene._body_poses()[0].numpy()
         if self.stable or not teleported:
-            self._bodies("bodies", bodies, arrays["body_poses"][step])
+            self._bodies("bodies", bodies, arrays["body_poses"][step], step=step)
         if self.stable:
             own = np.array([float(value) for value in scene.distances.values()])
             self._add("distances", 2e-3, "m", own - arrays["dists"][step])
@@ -149,33 +158,31 @@ class Play:
             self._picture(self.image_steps.index(step))
 
     def _bodies(
-        self, name: str, found: np.ndarray, expected: np.ndarray, *, settled: bool = False
+        self, name: str, found: np.ndarray, expected: np.ndarray, *, step: int | None = None
     ) -> None:
+        """Compare poses after an action; without one, settled ones."""
         for own, recorded in zip(found, expected, strict=True):
             if np.isnan(recorded).any():
                 self._same("bodies there are", bool(np.isnan(own).all()), True)
-            elif self.stable and self.touched and not settled:
+            elif self.stable and step is not None and step >= self._contact:
                 self._pose(f"{name} in contact", own, recorded, _LOOSE, _LOOSE_TURN)
             elif self.stable:
                 self._pose(name, own, recorded, 1e-3, 2e-2)
-            elif settled:
+            elif step is None:
                 self._add("settled, unstable: height", _UNSTABLE_HEIGHT, "m", own[2] - recorded[2])
                 off = own[:2] - recorded[:2]
                 self._add("settled, unstable: position", _UNSTABLE_POSITION, "m", off)
 
     def _picture(self, frame: int) -> None:
         data = self.scene._get_obs_sensor_data()["3rd_view_camera"]
-        image = data["rgb"][0].numpy().astype(np.float64)
         mask = kept(data["segmentation"][..., 0], self.scene._keep)
         seg = self._seg(data["segmentation"][0, ..., 0].numpy(), mask)
         if not self.stable:
             return
-        rows, columns = image.shape[0] // _BLOCK, image.shape[1] // _BLOCK
-        small = image.reshape(rows, _BLOCK, columns, _BLOCK, 3).mean(axis=(1, 3))
-        small = np.floor(small + 0.5)
+        small = blocks(data["rgb"][0].numpy())
         off = np.abs(small - self.arrays["images"][frame])
         self._add("images, mean", 0.5, "of 255", off.mean())
-        moved = self.touched and frame > 0
+        moved = self.image_steps[frame] >= self._contact
         self._add(*(_MOVED_BLOCK if moved else _BLOCK_ROW), "of 255", off.max())
         recorded = self.arrays["seg"][frame]
         for index in range(5):
@@ -235,6 +242,13 @@ class Play:
 
     def _add(self, name: str, tolerance: float, unit: str, deviation: np.ndarray | float) -> None:
         self.result.row(name, tolerance, unit).add(deviation, self.where)
+
+
+def blocks(image: np.ndarray) -> np.ndarray:
+    """Average blocks of 16 by 16 pixels, rounded as in the recordings."""
+    rows, columns = image.shape[0] // _BLOCK, image.shape[1] // _BLOCK
+    parts = image.astype(np.float64).reshape(rows, _BLOCK, columns, _BLOCK, 3)
+    return np.floor(parts.mean(axis=(1, 3)) + 0.5)
 
 
 def _where_set(own: np.ndarray, recorded: np.ndarray) -> np.ndarray:

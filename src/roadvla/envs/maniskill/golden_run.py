@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from typing import Any
 
@@ -78,13 +79,20 @@ def compare(
         known = ", ".join(sorted({entry["env_id"] for entry in entries})) or "none at all"
         raise UserError(f"no recorded episode of {sorted(wanted) or 'any id'}: there are {known}")
     done = 0
-    workers = min(processes or os.cpu_count() or 1, len(groups))
+    workers = min(processes or len(os.sched_getaffinity(0)), len(groups))
+    defaults = _defaults(recording, wanted, every) if pictures else []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(_play, group, pictures, stand_ins): len(group) for group in groups}
-        for future in as_completed(running):
-            result.merge(future.result())
-            done += running[future]
-            progress(done, count)
+        if defaults:
+            running[pool.submit(_draw, defaults, stand_ins)] = 0
+        try:
+            for future in as_completed(running):
+                result.merge(future.result())
+                done += running[future]
+                progress(done, count)
+        except (KeyError, IndexError, ValueError, BrokenProcessPool) as error:
+            pool.shutdown(cancel_futures=True)
+            raise UserError(f"an episode could not be compared: {error!r}") from error
     return result
 
 
@@ -123,6 +131,40 @@ def _play(jobs: list[Job], pictures: bool, stand_ins: bool) -> Comparison:
     for entry, arrays, steps in jobs:
         Play(scene, entry, arrays, steps, result, pictures=pictures).run()
     scene.close()
+    return result
+
+
+def _defaults(recording: Recording, wanted: set[str], every: int) -> list[Job]:
+    """First frames that were also recorded with SAPIEN's default shader."""
+    facts, arrays = recording.facts, recording.arrays
+    by_index = {entry["index"]: entry for entry in facts["episodes"]}
+    jobs = [
+        (by_index[int(index)], {"image": arrays["default_shader_images"][row]}, [0])
+        for row, index in enumerate(arrays.get("default_shader_index", ()))
+        if int(index) in by_index
+    ]
+    return [job for job in jobs if not wanted or job[0]["env_id"] in wanted][::every]
+
+
+def _draw(jobs: list[Job], stand_ins: bool) -> Comparison:
+    """Draw first frames with our own shader, beside what SAPIEN's default made of them."""
+    torch.set_num_threads(1)
+    from roadvla.envs.maniskill.golden_play import blocks
+    from roadvla.envs.maniskill.scene import PutOnPlateScene
+
+    result = Comparison()
+    for entry, arrays, _ in jobs:
+        scene = PutOnPlateScene(
+            setting=entry["env_id"], build="all", obs_mode="none", stand_ins=stand_ins
+        )
+        ids = torch.tensor([entry["episode_id"]], dtype=torch.int64)
+        options = {"obj_set": entry["obj_set"], "episode_id": ids, "reconfigure": True}
+        scene.reset(seed=0, options=options)
+        off = np.abs(blocks(scene.capture()[0].numpy()) - arrays["image"])
+        where = f"{entry['env_id']} {entry['obj_set']} {entry['episode_id']}"
+        result.row("one_pass beside default, mean", 1.5, "of 255").add(off.mean(), where)
+        result.row("one_pass beside default, block", 60.0, "of 255").add(off.max(), where)
+        scene.close()
     return result
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 _RATE = 0.2
 _DAMPING = 1e-9
 _ITERATIONS = 200
+_ASK_EVERY = 5
 _NEAR = (1e-3, 0.01)
 _REACHED = (1e-2, 0.1)
 
@@ -29,7 +30,7 @@ def solve(
 
     q ← q + rate · Jᵀ (J Jᵀ + 1e-9 I)⁻¹ e, e being the translation and the rotation vector that are
     missing; arms that have come within 1 mm and 0.01 rad move no further. There is no test of joint
-    limits and no synchronization: the number of iterations does not depend on the data.
+    limits. Whether all have arrived is asked every few iterations only: asking waits for a GPU.
 
     Args:
         pose_at: Pose of the end effector, [B, 4, 4], from joint positions.
@@ -40,9 +41,11 @@ def solve(
         iterations: How many.
     """
     eye = _DAMPING * torch.eye(6, dtype=qpos.dtype, device=qpos.device)
-    for _ in range(iterations):
+    for iteration in range(iterations):
         missing = _missing(pose_at(qpos), target)
         away = (missing[:, :3].norm(dim=1) > _NEAR[0]) | (missing[:, 3:].norm(dim=1) > _NEAR[1])
+        if iteration % _ASK_EVERY == 0 and not bool(away.any()):
+            break
         jacobian = jacobian_at(qpos)
         square = jacobian @ jacobian.mT + eye
         # One singular arm must not stop the others: its step is not finite and is left out.

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import sapien
+import torch
 from mani_skill.envs.scene import ManiSkillScene
 from mani_skill.render.shaders import PREBUILT_SHADER_CONFIGS, ShaderConfig
+from sapien.render import RenderBodyComponent
 
-from roadvla.envs.maniskill.options import SHADERS
+from roadvla.envs.maniskill.options import HEIGHT, SHADERS, WIDTH
 from roadvla.errors import UserError, unknown_name
 
 AMBIENT = (0.3, 0.3, 0.3)
@@ -44,18 +48,29 @@ def shader_config(shader: str) -> ShaderConfig:
     )
 
 
-def render_device() -> sapien.Device:
-    """Find the device that Vulkan draws on: a GPU, or a processor with a software driver.
+def render_device(physics: torch.device) -> sapien.Device:
+    """Find the device that Vulkan draws on.
+
+    Args:
+        physics: Where the scene is simulated; frames stay on that GPU. Beside a processor any
+            device does: a GPU, or the processor with a software driver.
 
     Raises:
         UserError: If there is none.
     """
+    wanted = [sapien.Device(f"cuda:{physics.index or 0}")] if physics.type == "cuda" else []
     try:
-        return sapien.render.RenderSystem().device
+        found = sapien.render.RenderSystem(*wanted).device
     except RuntimeError as error:
         raise UserError(
             f"no Vulkan device to draw with ({error}): `roadvla doctor` says what to install"
         ) from error
+    if wanted and not found.is_cuda():
+        raise UserError(
+            f"{physics} simulates but Vulkan would draw on {found.name}: unset VK_ICD_FILENAMES, "
+            f"and see `roadvla doctor`"
+        )
+    return found
 
 
 def load_lights(scene: ManiSkillScene) -> None:
@@ -63,3 +78,24 @@ def load_lights(scene: ManiSkillScene) -> None:
     scene.set_ambient_light(list(AMBIENT))
     for direction, intensity in LIGHTS:
         scene.add_directional_light(list(direction), [intensity] * 3)
+
+
+def polish(robot: Any) -> None:
+    """Make the robot shine as RL4VLA does."""
+    for link in robot.links:
+        for part in link._objs:
+            component = part.entity.find_component_by_type(RenderBodyComponent)
+            for shape in component.render_shapes if component is not None else ():
+                for piece in shape.parts:
+                    piece.material.set_specular(ROBOT_SPECULAR)
+                    piece.material.set_roughness(ROBOT_ROUGHNESS)
+
+
+def camera_at(size: tuple[int, int]) -> dict[str, Any]:
+    """The camera at another resolution sees the same."""
+    height, width = size
+    across, down = width / WIDTH, height / HEIGHT
+    intrinsic = np.array(
+        [[623.588 * across, 0, 319.501 * across], [0, 623.588 * down, 239.545 * down], [0, 0, 1]]
+    )
+    return {"width": width, "height": height, "intrinsic": intrinsic}

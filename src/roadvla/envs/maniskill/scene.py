@@ -16,6 +16,7 @@ from torch import Tensor
 from roadvla.envs.maniskill.agent import CAMERA, CONTROL, WidowX
 from roadvla.envs.maniskill.assets import asset_folders, require
 from roadvla.envs.maniskill.bodies import build_body, build_stage
+from roadvla.envs.maniskill.catalog import read_catalog
 from roadvla.envs.maniskill.episodes import Episodes, decode, total
 from roadvla.envs.maniskill.frames import Frames
 from roadvla.envs.maniskill.instructions import instructions
@@ -35,9 +36,9 @@ from roadvla.envs.maniskill.poses import (
     teleport_poses,
 )
 from roadvla.envs.maniskill.rendering import (
-    ROBOT_ROUGHNESS,
-    ROBOT_SPECULAR,
+    camera_at,
     load_lights,
+    polish,
     render_device,
     shader_config,
 )
@@ -49,7 +50,7 @@ class PutOnPlateScene(BaseEnv):
     """B scenes of one id of the suite.
 
     ``reset`` takes ``options`` with ``obj_set`` (train, test or all) and ``episode_id`` (int64 [B];
-    drawn from torch's global generator without it, as in RL4VLA).
+    drawn from a generator of the seed without it, or from torch's global one).
 
     Args:
         setting: RL4VLA's id, or the paper's alias.
@@ -82,9 +83,12 @@ class PutOnPlateScene(BaseEnv):
         self.size = (int(size[0]), int(size[1]))
         self._folders = asset_folders()
         self._boxes = (
-            read_boxes(self._folders.objects / "model_db.json", OBJECTS),
-            read_boxes(self._folders.receptacles / "model_db.json", RECEPTACLES),
+            read_boxes(require(self._folders.objects / "model_db.json"), OBJECTS),
+            read_boxes(require(self._folders.receptacles / "model_db.json"), RECEPTACLES),
         )
+        for asset in read_catalog().assets:
+            if asset.collection == "robot":
+                require(asset.below(self._folders))
         self.obj_set = "train"
         self._frames: Frames | None = None
         kwargs.setdefault("control_mode", CONTROL)
@@ -92,7 +96,7 @@ class PutOnPlateScene(BaseEnv):
         kwargs.setdefault("obs_mode", "rgb+segmentation" if self._draws else "none")
         cameras: dict[str, Any] = {}
         if shader is not None:
-            cameras = {CAMERA: {"shader_config": shader_config(shader), **_camera(self.size)}}
+            cameras = {CAMERA: {"shader_config": shader_config(shader), **camera_at(self.size)}}
         kwargs.setdefault("sensor_configs", cameras)
         super().__init__(robot_uids=cast("Any", WidowX), **kwargs)
 
@@ -109,11 +113,10 @@ class PutOnPlateScene(BaseEnv):
 
     def _setup_scene(self) -> None:
         if self._draws and self._render_device is None:
-            self._render_device = self.backend.render_device = render_device()
+            self._render_device = self.backend.render_device = render_device(self.device)
         super()._setup_scene()
 
     def _load_agent(self, options: dict[str, Any]) -> None:  # type: ignore[override]
-        require(self._folders.robot)
         super()._load_agent(options, sapien.Pose(ROBOT_POSE[:3], ROBOT_POSE[3:]))
 
     def _load_lighting(self, options: dict[str, Any]) -> None:
@@ -122,7 +125,7 @@ class PutOnPlateScene(BaseEnv):
     def _load_scene(self, options: dict[str, Any]) -> None:
         build_stage(self.scene, self._folders, stand_ins=self._stand_ins)
         if self._draws:
-            _polish(self.agent.robot)
+            polish(self.agent.robot)
         if self.build == "all":
             self._objects = [
                 self._build("object", i, None) for i in range(self.variant.built_objects)
@@ -182,16 +185,22 @@ class PutOnPlateScene(BaseEnv):
         """
         options = dict(options or {})
         self.obj_set = options.get("obj_set", "train")
-        self.episodes = self._choose(options.get("episode_id"))
+        self.episodes = self._choose(options.get("episode_id"), seed)
         self._steps, self._judged = 0, -1
         if self.build == "chosen":
             options["reconfigure"] = True
         return super().reset(seed, options)
 
-    def _choose(self, episode_ids: Any) -> Episodes:
+    def _choose(self, episode_ids: Any, seed: Any) -> Episodes:
         if episode_ids is None:
+            generator = None
+            if seed is not None:
+                first = int(np.atleast_1d(seed)[0])
+                generator = torch.Generator().manual_seed(first)
             count = total(self.variant, self.obj_set)
-            episode_ids = torch.randint(0, count, (self.num_envs,), dtype=torch.int64)
+            episode_ids = torch.randint(
+                0, count, (self.num_envs,), dtype=torch.int64, generator=generator
+            )
         ids = torch.as_tensor(episode_ids, device=self.device)
         if ids.shape != (self.num_envs,):
             raise ValueError(f"got {tuple(ids.shape)} episode ids, expected ({self.num_envs},)")
@@ -254,8 +263,6 @@ class PutOnPlateScene(BaseEnv):
             poses = spawn_poses(self.variant, episodes).to(self.device)
             for slot, body in enumerate(self._bodies()):
                 body.set_pose(Pose.create(poses[:, slot]))
-        if self.gpu_sim_enabled:
-            self.scene._gpu_apply_all()
 
     def _hide_parked(self) -> None:
         """Draw no body that stands out of view: on a processor their triangles cost most."""
@@ -406,23 +413,3 @@ class PutOnPlateScene(BaseEnv):
 
 def _merge(bodies: list[Actor], name: str) -> Actor:
     return Actor.merge(bodies, name)
-
-
-def _polish(robot: Any) -> None:
-    for link in robot.links:
-        for part in link._objs:
-            component = part.entity.find_component_by_type(RenderBodyComponent)
-            for shape in component.render_shapes if component is not None else ():
-                for piece in shape.parts:
-                    piece.material.set_specular(ROBOT_SPECULAR)
-                    piece.material.set_roughness(ROBOT_ROUGHNESS)
-
-
-def _camera(size: tuple[int, int]) -> dict[str, Any]:
-    """The camera at another resolution sees the same."""
-    height, width = size
-    across, down = width / WIDTH, height / HEIGHT
-    intrinsic = np.array(
-        [[623.588 * across, 0, 319.501 * across], [0, 623.588 * down, 239.545 * down], [0, 0, 1]]
-    )
-    return {"width": width, "height": height, "intrinsic": intrinsic}

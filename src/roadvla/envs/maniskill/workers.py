@@ -10,10 +10,12 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing import connection
@@ -27,16 +29,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roadvla.envs.maniskill.outputs import Outputs, Recipe
-from roadvla.errors import UserError
+from roadvla.errors import UserError, WorkerError
 
 TIMEOUT = 300.0
-"""Seconds that a worker may take for one order."""
+"""Seconds that a worker may take for one order, and some more for each of its scenes."""
+_SECONDS_PER_SCENE = 2.0
 _LAST_WORDS = 4000
 _GRACE = 5.0
-
-
-class WorkerError(RuntimeError):
-    """A worker failed, died or hung; the message ends with what it wrote last."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +65,18 @@ class Workers:
         cpu = torch.device("cpu")
         self.outputs = Outputs.empty(count, recipe.settings.size, cpu).share()
         self._actions = torch.zeros(count, 7).share_memory_()
-        self._timeout = timeout
+        self._timeout = timeout + _SECONDS_PER_SCENE * -(-count // min(processes, count))
         self._folder = tempfile.TemporaryDirectory(prefix="roadvla-workers-")
         processes = min(processes, count)
         edges = [count * index // processes for index in range(processes + 1)]
         self._rows = list(pairwise(edges))
         self._workers = [self._start(recipe, *rows) for rows in self._rows]
         self._finalizer = weakref.finalize(self, _stop, list(self._workers), self._folder)
-        self._wait()
+        try:
+            self._wait()
+        except BaseException:
+            self.close()
+            raise
 
     def _start(self, recipe: Recipe, start: int, stop: int) -> _Worker:
         context = torch.multiprocessing.get_context("spawn")
@@ -85,7 +88,8 @@ class Workers:
             name=f"roadvla-scenes-{start}-{stop - 1}",
             daemon=True,
         )
-        process.start()
+        with _undisturbed():
+            process.start()
         theirs.close()
         return _Worker(process, ours, log)
 
@@ -115,22 +119,19 @@ class Workers:
     def _order(self, order: str, arguments: Sequence[Any]) -> None:
         if not self._finalizer.alive:
             raise WorkerError("the workers have been ended: make the environment again")
-        for worker, argument in zip(self._workers, arguments, strict=True):
-            try:
-                worker.pipe.send((order, argument))
-            except OSError:
-                self._fail(worker, "died")
-        self._wait()
-
-    def _wait(self) -> None:
-        """Collect one answer of each worker; none is left for the next order."""
         try:
-            self._collect()
+            for worker, argument in zip(self._workers, arguments, strict=True):
+                try:
+                    worker.pipe.send((order, argument))
+                except OSError:
+                    self._fail(worker, "died")
+            self._wait()
         except BaseException:
-            self.close()
+            self.close()  # or an answer would be taken for that to the next order
             raise
 
-    def _collect(self) -> None:
+    def _wait(self) -> None:
+        """Collect one answer of each worker."""
         waiting = {worker.pipe: worker for worker in self._workers}
         deadline = time.monotonic() + self._timeout
         while waiting:
@@ -158,6 +159,19 @@ class Workers:
         self.close()
         ended = "" if code is None else f" (exit code {code})"
         raise WorkerError(f"worker {name} {what}{ended}; it said last:\n{words}")
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Let a new process ignore Ctrl-C from its first moment: it inherits what is ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _stop(workers: list[_Worker], folder: tempfile.TemporaryDirectory[str]) -> None:
