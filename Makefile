@@ -71,9 +71,9 @@ clean:
 
 # Each stamp says what .venv holds; a larger set satisfies the smaller ones.
 .venv/installed-core: PACKAGE = .[openvla]
-.venv/installed-test: PACKAGE = .[openvla,test]
-.venv/installed-sim: PACKAGE = .[openvla,maniskill,test]
-.venv/installed-dev: PACKAGE = .[openvla,maniskill,test,dev]
+.venv/installed-test: PACKAGE = .[openvla,lerobot,test]
+.venv/installed-sim: PACKAGE = .[openvla,maniskill,lerobot,test]
+.venv/installed-dev: PACKAGE = .[openvla,maniskill,lerobot,test,dev]
 
 .venv/installed-core: $(BIN)/python $(INPUTS)
 	$(install)

@@ -19,6 +19,7 @@ import tyro
 from roadvla import __version__
 from roadvla.errors import FailedCheckError, UserError, WorkerError, unknown_name
 from roadvla.experiments.asset_commands import assets, fetch_vulkan
+from roadvla.experiments.demonstration_commands import demos
 from roadvla.experiments.doctor import doctor
 from roadvla.flags import bound, form_of, parse, value_of
 
@@ -260,6 +261,7 @@ _CONFIGURED: dict[str, Callable[[list[str]], None]] = {
     "plan": plan,
     "check-env": check_env,
     "gallery": gallery,
+    "demos": demos,
 }
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,
@@ -273,6 +275,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "export": export,
     "make-tiny-openvla": make_tiny_openvla,
     "check-env": check_env,
+    "demos": demos,
     "gallery": gallery,
     "assets": assets,
     "fetch-vulkan": fetch_vulkan,

@@ -253,9 +253,15 @@ def test_frames_of_the_tiny_policy(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found == ManiSkillSettings(**{**others, "image_size": (48, 48)})
 
 
-@pytest.mark.parametrize("policy", ["tiny", "openvla"])
-def test_an_explicit_size_is_left_alone(monkeypatch: pytest.MonkeyPatch, policy: str) -> None:
-    assert maniskill_of(monkeypatch, policy, **OTHERS) == ManiSkillSettings(**OTHERS)
+def test_an_explicit_size_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert maniskill_of(monkeypatch, "openvla", **OTHERS) == ManiSkillSettings(**OTHERS)
+
+
+def test_a_size_that_the_tiny_policy_cannot_see_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="48 by 48"):
+        maniskill_of(monkeypatch, "tiny", **{**OTHERS, "image_size": (96, 96)})
+    found = maniskill_of(monkeypatch, "tiny", **{**OTHERS, "image_size": (48, 48)})
+    assert found.image_size == (48, 48)
 
 
 def test_frames_of_openvla_are_rl4vla_s(monkeypatch: pytest.MonkeyPatch) -> None:
