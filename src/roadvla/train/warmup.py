@@ -272,7 +272,10 @@ def _demonstrate(
         actions.append(action)
         step = env.step(action)
         frame = step.image
-        successes.append(step.info["success"].clone())
+        success = step.info["success"]
+        if settings.sim == "maniskill":
+            success = success & (action[:, 6] > 0.5)  # it may be true while the object is held
+        successes.append(success.clone())
     success = torch.stack(successes).cpu()
     action = torch.stack(actions, 1).cpu()
     found = []

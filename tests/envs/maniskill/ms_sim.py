@@ -29,7 +29,7 @@ def missing() -> str:
     from roadvla.errors import UserError
 
     try:
-        render_device()
+        render_device(torch.device("cpu"))
     except UserError as error:
         return str(error)
     return ""
