@@ -56,7 +56,7 @@ def seen(setting, split, steps=7):
     return torch.stack(frames), torch.stack(bodies), facts
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
+@pytest.mark.parametrize("split", ["train", "test", "all"])
 @pytest.mark.parametrize("setting", SHORT)
 def test_every_setting_resets_and_steps(setting, split):
     frames, bodies, facts = seen(setting, split)

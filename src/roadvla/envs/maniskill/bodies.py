@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import sapien
+import torch
+from jaxtyping import Bool
 from mani_skill.envs.scene import ManiSkillScene
 from mani_skill.utils.structs import Actor
 from sapien.physx import PhysxMaterial
+from torch import Tensor
 
 from roadvla.envs.maniskill.assets import COLLISION, AssetFolders, require, visual_of
 from roadvla.envs.maniskill.objects import Model
 
+STAGE = "arena"
 _FRICTION = 1.0
+# Ids above those of robot and bodies, the stage's say, must be found in the table of what is kept.
+_MORE_IDS = 1024
 _STAGE_POSE = sapien.Pose([2.0634, 2.8313, 0.0])
 _STAGE_TURN = sapien.Pose(q=[0.707, 0.707, 0.0, 0.0])
 _STAND_IN_COLOUR = [0.6, 0.6, 0.6, 1.0]
@@ -90,4 +96,15 @@ def build_stage(scene: ManiSkillScene, folders: AssetFolders, *, stand_ins: bool
         builder.add_box_collision(pose=top, half_size=list(_TABLE_HALF))
         builder.add_box_collision(pose=floor, half_size=[_FLOOR_HALF, _FLOOR_HALF, 0.1])
         builder.initial_pose = sapien.Pose()
-    return builder.build_static(name="arena")
+    return builder.build_static(name=STAGE)
+
+
+def kept_ids(scene: ManiSkillScene, robot: Any) -> Bool[Tensor, " K"]:
+    """Of each segmentation id, whether it is the robot's or a body's: pixels that are kept."""
+    parts = [part.entity for link in robot.links for part in link._objs]
+    for actor in scene.actors.values():
+        parts += actor._objs if actor.name != STAGE else []
+    ids = torch.tensor([part.per_scene_id for part in parts], device=scene.device)
+    keep = torch.zeros(int(ids.max()) + _MORE_IDS, dtype=torch.bool, device=scene.device)
+    keep[ids] = True
+    return keep

@@ -7,7 +7,7 @@ from typing import Any, cast
 import numpy as np
 import sapien
 import torch
-from jaxtyping import Bool, Float, Int, UInt8
+from jaxtyping import Float, Int, UInt8
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.utils.structs import Actor, Pose, SimConfig
 from sapien.render import RenderBodyComponent
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from roadvla.envs.maniskill.agent import CAMERA, CONTROL, WidowX
 from roadvla.envs.maniskill.assets import asset_folders, require
-from roadvla.envs.maniskill.bodies import build_body, build_stage
+from roadvla.envs.maniskill.bodies import build_body, build_stage, kept_ids
 from roadvla.envs.maniskill.catalog import read_catalog
 from roadvla.envs.maniskill.episodes import Episodes, decode, total
 from roadvla.envs.maniskill.frames import Frames
@@ -234,7 +234,7 @@ class PutOnPlateScene(BaseEnv):
             if self._frames is None:
                 self._frames = Frames(self.variant, self._folders, self.size, self.device)
             self._frames.start(episodes)
-            self._keep = self._kept_ids()
+            self._keep = kept_ids(self.scene, self.agent.robot)
 
     def _place_bodies(self) -> None:
         episodes, kind = self.episodes, self._distractor_kind
@@ -256,10 +256,10 @@ class PutOnPlateScene(BaseEnv):
             )
         else:
             chosen = self._chosen_bodies
-            self.target = _merge(chosen["object"], "target")
-            self.receptacle = _merge(chosen["receptacle"], "goal")
+            self.target = Actor.merge(chosen["object"], "target")
+            self.receptacle = Actor.merge(chosen["receptacle"], "goal")
             others = chosen["distractor"]
-            self.distractor = _merge(others, "distractor") if others else None
+            self.distractor = Actor.merge(others, "distractor") if others else None
             poses = spawn_poses(self.variant, episodes).to(self.device)
             for slot, body in enumerate(self._bodies()):
                 body.set_pose(Pose.create(poses[:, slot]))
@@ -396,20 +396,3 @@ class PutOnPlateScene(BaseEnv):
     def _get_obs_sensor_data(self, apply_texture_transforms: bool = True) -> dict[str, Any]:
         frames, segmentation = self._draw()
         return {CAMERA: {"rgb": frames, "segmentation": segmentation[..., None]}}
-
-    def _kept_ids(self) -> Bool[Tensor, " K"]:
-        """Of each segmentation id, whether it is the robot or a body."""
-        ids = [link._objs[0].entity.per_scene_id for link in self.agent.robot.links]
-        ids += [
-            entity.per_scene_id
-            for actor in self.scene.actors.values()
-            if actor.name != "arena"
-            for entity in actor._objs
-        ]
-        keep = torch.zeros(max(ids) + 1024, dtype=torch.bool, device=self.device)
-        keep[torch.tensor(ids, device=self.device)] = True
-        return keep
-
-
-def _merge(bodies: list[Actor], name: str) -> Actor:
-    return Actor.merge(bodies, name)
