@@ -73,13 +73,16 @@ def build_body(
     return builder.build(name=name)
 
 
-def build_stage(scene: ManiSkillScene, folders: AssetFolders, *, stand_ins: bool) -> Actor:
-    """Build table and room, to be touched and never seen: the green screen covers them.
+def build_stage(
+    scene: ManiSkillScene, folders: AssetFolders, *, stand_ins: bool, drawn: bool
+) -> Actor:
+    """Build table and room. The green screen covers them; they hide what is below the table's top.
 
     Args:
         scene: Gets the stage.
         folders: Where the assets lie.
         stand_ins: Whether a plain table may replace a missing mesh.
+        drawn: Whether the renderer draws them. Our shaders hide what they would hide without that.
 
     Raises:
         UserError: If the mesh is missing.
@@ -88,6 +91,8 @@ def build_stage(scene: ManiSkillScene, folders: AssetFolders, *, stand_ins: bool
     if folders.stage.is_file() or not stand_ins:
         stage = str(require(folders.stage))
         builder.add_nonconvex_collision_from_file(stage, pose=_STAGE_TURN)
+        if drawn:
+            builder.add_visual_from_file(stage, pose=_STAGE_TURN)
         builder.initial_pose = _STAGE_POSE
     else:
         x, y = _TABLE_CENTRE

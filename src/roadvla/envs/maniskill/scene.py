@@ -79,7 +79,8 @@ class PutOnPlateScene(BaseEnv):
         **kwargs: Any,
     ) -> None:
         self.variant = variant(setting, Fixes(**(fixes or {})))
-        self.build, self._stand_ins, self._draws = build, stand_ins, shader is not None
+        self.build, self._stand_ins = build, stand_ins
+        self._shader, self._draws = shader, shader is not None
         self.size = (int(size[0]), int(size[1]))
         self._folders = asset_folders()
         self._boxes = (
@@ -123,7 +124,8 @@ class PutOnPlateScene(BaseEnv):
         load_lights(self.scene)
 
     def _load_scene(self, options: dict[str, Any]) -> None:
-        build_stage(self.scene, self._folders, stand_ins=self._stand_ins)
+        drawn = self._shader == "default"
+        build_stage(self.scene, self._folders, stand_ins=self._stand_ins, drawn=drawn)
         if self._draws:
             polish(self.agent.robot)
         if self.build == "all":
