@@ -69,3 +69,30 @@ class VectorEnv(Protocol):
             RuntimeError: If called before ``reset`` or after the horizon.
         """
         ...
+
+
+def check_ids(episode_ids: Tensor, num_envs: int) -> None:
+    """Refuse what ``VectorEnv.reset`` must refuse.
+
+    Raises:
+        ValueError: If there are not exactly ``num_envs`` ids or one is negative.
+    """
+    if episode_ids.shape != (num_envs,):
+        raise ValueError(f"got {tuple(episode_ids.shape)} episode ids, expected ({num_envs},)")
+    if bool((episode_ids < 0).any()):
+        raise ValueError(f"episode ids must not be negative, got {int(episode_ids.min())}")
+
+
+def check_step(action: Tensor, num_envs: int, *, elapsed: int, horizon: int) -> None:
+    """Refuse what ``VectorEnv.step`` must refuse once there has been a reset.
+
+    Raises:
+        ValueError: If the shape is wrong or a value is not finite.
+        RuntimeError: If the horizon is reached.
+    """
+    if action.shape != (num_envs, 7):
+        raise ValueError(f"action has shape {tuple(action.shape)}, not ({num_envs}, 7)")
+    if elapsed >= horizon:
+        raise RuntimeError(f"the episodes ended after {horizon} steps: reset first")
+    if not bool(torch.isfinite(action).all()):
+        raise ValueError("action holds a value that is not finite")

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from roadvla.envs.base import Step
+from roadvla.envs.base import Step, check_ids, check_step
 from roadvla.envs.maniskill.assets import asset_folders, require
 from roadvla.envs.maniskill.episodes import Episodes, decode, draw_ids
 from roadvla.envs.maniskill.inspection import stand_ins_in
@@ -82,6 +82,14 @@ class ManiSkillEnv:
                 "batch_texture_box needs episodes that are simulated together: pass --device cuda "
                 "or drop it"
             )
+        folders = asset_folders()
+        self._stand_in_files = tuple(found.asset.path for found in stand_ins_in(folders))
+        if self._stand_in_files and not settings.stand_ins:
+            _warn(self._stand_in_files)
+        self.boxes = (
+            read_boxes(require(folders.objects / "model_db.json"), OBJECTS),
+            read_boxes(require(folders.receptacles / "model_db.json"), RECEPTACLES),
+        )
         self._shader = settings.shader or ("default" if gpu else "one_pass")
         recipe = Recipe(
             setting=self.variant.env_id,
@@ -101,14 +109,6 @@ class ManiSkillEnv:
             processes = settings.processes or len(os.sched_getaffinity(0))
             workers = Workers(recipe, num_envs, processes=processes)
             self._backend, self._out = workers, workers.outputs
-        folders = asset_folders()
-        self._stand_in_files = tuple(found.asset.path for found in stand_ins_in(folders))
-        if self._stand_in_files and not settings.stand_ins:
-            _warn(self._stand_in_files)
-        self.boxes = (
-            read_boxes(require(folders.objects / "model_db.json"), OBJECTS),
-            read_boxes(require(folders.receptacles / "model_db.json"), RECEPTACLES),
-        )
         self._elapsed = -1
         self._ids = torch.empty(0, dtype=torch.int64)
         self._episodes: Episodes | None = None
@@ -167,10 +167,7 @@ class ManiSkillEnv:
             ValueError: If there are not exactly ``num_envs`` of them or one is negative.
             WorkerError: If a worker fails, dies or hangs.
         """
-        if episode_ids.shape != (self.num_envs,):
-            raise ValueError(
-                f"got {tuple(episode_ids.shape)} episode ids, expected ({self.num_envs},)"
-            )
+        check_ids(episode_ids, self.num_envs)
         numbers = episode_ids.to("cpu", torch.int64)
         return self.start(draw_ids(self.variant, self.split, numbers))
 
@@ -191,12 +188,7 @@ class ManiSkillEnv:
         """Apply one action per environment (see the contract)."""
         if self._elapsed < 0:
             raise RuntimeError("reset the environment first")
-        if action.shape != (self.num_envs, 7):
-            raise ValueError(f"action has shape {tuple(action.shape)}, not ({self.num_envs}, 7)")
-        if self._elapsed >= self.horizon:
-            raise RuntimeError(f"the episodes ended after {self.horizon} steps: reset first")
-        if not bool(torch.isfinite(action).all()):
-            raise ValueError("action holds a value that is not finite")
+        check_step(action, self.num_envs, elapsed=self._elapsed, horizon=self.horizon)
         self._backend.step(_command(action.to(self.device, torch.float32)))
         self._elapsed += 1
         return self._outcome()

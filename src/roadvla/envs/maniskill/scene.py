@@ -58,7 +58,7 @@ class PutOnPlateScene(BaseEnv):
             over from earlier episodes. ``all`` builds everything once, as RL4VLA does, and parks
             what an episode does not use: resets on a GPU are cheap then.
         size: Height and width of frames.
-        shader: Of ``rendering.SHADERS``; ``None`` to draw nothing.
+        shader: Of ``options.SHADERS``; ``None`` to draw nothing.
         fixes: Oddities of RL4VLA to put right.
         stand_ins: Whether plain shapes may replace missing meshes.
         kwargs: ``BaseEnv``'s.

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from roadvla.envs.base import Step
+from roadvla.envs.base import Step, check_ids, check_step
 from roadvla.envs.suite import setting
 from roadvla.envs.tabletop.camera import SIZE
 from roadvla.envs.tabletop.dynamics import State, advance, initial_state
@@ -85,12 +85,7 @@ class TabletopEnv:
         Raises:
             ValueError: If there are not exactly ``num_envs`` ids or one is negative.
         """
-        if episode_ids.shape != (self.num_envs,):
-            raise ValueError(
-                f"got {tuple(episode_ids.shape)} episode ids, expected ({self.num_envs},)"
-            )
-        if bool((episode_ids < 0).any()):
-            raise ValueError(f"episode ids must not be negative, got {int(episode_ids.min())}")
+        check_ids(episode_ids, self.num_envs)
         self._ids = episode_ids.to(self.device, torch.int64)
         self._scene = sample_scene(self._ids, self.distribution)
         self._state = initial_state(self._scene)
@@ -101,12 +96,7 @@ class TabletopEnv:
     def step(self, action: Float[Tensor, "N A"]) -> Step:
         """Apply one action per environment (see the contract)."""
         before, scene = self.state, self.scene
-        if action.shape != (self.num_envs, 7):
-            raise ValueError(f"action has shape {tuple(action.shape)}, not ({self.num_envs}, 7)")
-        if before.elapsed >= self.horizon:
-            raise RuntimeError(f"the episodes ended after {self.horizon} steps: reset first")
-        if not bool(torch.isfinite(action).all()):
-            raise ValueError("action holds a value that is not finite")
+        check_step(action, self.num_envs, elapsed=before.elapsed, horizon=self.horizon)
         after = advance(
             before,
             scene,

@@ -1,24 +1,7 @@
 // Three directional lights and an ambient one, in one pass, and what each pixel shows. No shadows and
 // no environment: the suite has neither. With LAMBERT surfaces are matt, as in recorded episodes.
 
-layout(set = 0, binding = 0) uniform CameraBuffer {
-  mat4 viewMatrix;
-  mat4 projectionMatrix;
-  mat4 viewMatrixInverse;
-  mat4 projectionMatrixInverse;
-  float width;
-  float height;
-} cameraBuffer;
-
-layout(set = 1, binding = 0) uniform ObjectTransformBuffer {
-  mat4 modelMatrix;
-} objectTransformBuffer;
-
-layout(set = 1, binding = 1) uniform ObjectDataBuffer {
-  uvec4 segmentation;
-  float transparency;
-  int shadeFlat;
-} objectDataBuffer;
+#include "../common/camera_and_object.glsl"
 
 layout(set = 2, binding = 0) uniform MaterialBuffer {
   vec4 emission;
