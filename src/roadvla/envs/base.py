@@ -32,6 +32,40 @@ class Step:
     info: dict[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Where things are, in metres and radians of the world frame: privileged, never for a policy.
+
+    Slot 0 is what the instruction names; a slot that an episode lacks is NaN.
+
+    Attributes:
+        tip: Point between the fingertips.
+        objects: Centres of what can be grasped.
+        receptacles: Centres of where it can go.
+        held: Slot of the object in the gripper, -1 for none.
+        is_open: Whether the gripper is open.
+    """
+
+    tip: Float[Tensor, "B 3"]
+    objects: Float[Tensor, "B O 3"]
+    receptacles: Float[Tensor, "B R 3"]
+    held: Int[Tensor, " B"]
+    is_open: Bool[Tensor, " B"]
+
+
+@runtime_checkable
+class Privileged(Protocol):
+    """An environment that also says where things are; both simulators do."""
+
+    def snapshot(self) -> Snapshot:
+        """Where things are now.
+
+        Raises:
+            RuntimeError: Before the first reset.
+        """
+        ...
+
+
 @runtime_checkable
 class VectorEnv(Protocol):
     """B episodes that start together and are stepped as one batch of tensors on one device.

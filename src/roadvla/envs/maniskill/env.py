@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from roadvla.envs.base import Step, check_ids, check_step
+from roadvla.envs.base import Snapshot, Step, check_ids, check_step
 from roadvla.envs.maniskill.assets import asset_folders, require
 from roadvla.envs.maniskill.episodes import Episodes, decode, draw_ids
 from roadvla.envs.maniskill.inspection import stand_ins_in
@@ -21,6 +21,7 @@ from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES, read_boxes
 from roadvla.envs.maniskill.options import ManiSkillSettings
 from roadvla.envs.maniskill.outputs import FLAGS, Outputs, Recipe
 from roadvla.envs.maniskill.settings import HORIZON, variant
+from roadvla.envs.maniskill.shifts import DistractorObject, DistractorReceptacle
 from roadvla.envs.maniskill.state import State, unpack_state
 from roadvla.envs.maniskill.workers import Workers
 from roadvla.errors import UserError
@@ -29,6 +30,7 @@ MAX_TRANSLATION, MAX_ROTATION = 0.1, 0.5
 """Largest motions of one action, metres and radians: well beyond what Bridge's policies do. A
 farther target could not be reached, and the arm would stop until the next reset."""
 _DEFAULT = ManiSkillSettings()
+_HALF_OPEN = 0.026  # of the fingers' 0.015 to 0.037 m
 
 
 class _Backend(Protocol):
@@ -154,6 +156,27 @@ class ManiSkillEnv:
         if self._episodes is None:
             raise RuntimeError("reset the environment first")
         return unpack_state(self._out.state.clone())
+
+    def snapshot(self) -> Snapshot:
+        """Where things are now (see ``roadvla.envs.base.Privileged``).
+
+        Only a grasp of the named object is seen, not one of a distractor.
+
+        Raises:
+            RuntimeError: Before the first reset.
+        """
+        state = self.state
+        named, goal, other = state.bodies[..., :3].unbind(1)
+        more_objects = isinstance(self.variant.shift, DistractorObject)
+        more_receptacles = isinstance(self.variant.shift, DistractorReceptacle)
+        holding = state.held > 0
+        return Snapshot(
+            tip=state.hand[:, :3],
+            objects=torch.stack([named, other] if more_objects else [named], dim=1),
+            receptacles=torch.stack([goal, other] if more_receptacles else [goal], dim=1),
+            held=torch.where(holding, 0, -1),
+            is_open=~holding & (state.fingers > _HALF_OPEN),
+        )
 
     @property
     def instructions(self) -> list[str]:

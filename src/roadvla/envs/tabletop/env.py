@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int, UInt8
 from torch import Tensor
 
-from roadvla.envs.base import Step, check_ids, check_step
+from roadvla.envs.base import Snapshot, Step, check_ids, check_step
 from roadvla.envs.suite import setting
 from roadvla.envs.tabletop.camera import SIZE
 from roadvla.envs.tabletop.dynamics import State, advance, initial_state
@@ -73,6 +73,21 @@ class TabletopEnv:
         if self._state is None:
             raise RuntimeError("reset the environment first")
         return self._state
+
+    def snapshot(self) -> Snapshot:
+        """Where things are now (see ``roadvla.envs.base.Privileged``).
+
+        Raises:
+            RuntimeError: Before the first reset.
+        """
+        state = self.state
+        return Snapshot(
+            tip=state.gripper[:, :3],
+            objects=state.object_position,
+            receptacles=torch.nn.functional.pad(self.scene.receptacle_xy, (0, 1)),
+            held=state.held,
+            is_open=state.is_open,
+        )
 
     @property
     def instructions(self) -> list[str]:
