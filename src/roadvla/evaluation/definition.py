@@ -39,11 +39,11 @@ def _modules(source: Traversable) -> list[Traversable]:
 
 
 def _meaning(source: str) -> str:
-    """Dump the syntax tree without docstrings."""
+    """Write the code again without docstrings, comments and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and node.body:
             first = node.body[0]
             if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant):
                 node.body = node.body[1:]
-    return ast.dump(tree)
+    return ast.unparse(tree)
