@@ -38,6 +38,7 @@ from roadvla.train.warmup import WarmUp
         ),
         ({"algo": "road", "combine": "replace", "distill_coef": 0.0}, "distill_coef above 0"),
         ({"algo": "grpo", "surrogate_advantage": "mix"}, "grpo has none"),
+        ({"algo": "grpo", "control": "shuffled"}, "set it to 'none' with grpo"),
         ({"algo": "ppo", "reference_critic": "x"}, "would not be used"),
         ({"algo": "road", "alpha": 0.0, "reference_critic": "x"}, "would not be used"),
         ({"algo": "sft", "kl_stop": 0.1}, "sft has none"),

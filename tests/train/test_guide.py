@@ -8,7 +8,7 @@ import torch
 import oracles
 from probes import ColourEnv, TablePolicy
 from roadvla.train.config import Algorithm
-from roadvla.train.guidance import explained_variance, guide, time_step_share
+from roadvla.train.guidance import centre_by_step, explained_variance, guide, time_step_share
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
 
 
@@ -174,3 +174,50 @@ def test_behaviour_logits_travel_with_their_transitions():
     batch, _ = guide(rollout, Algorithm(algo="road", alpha=0.0, teacher_logits="rollout"), None)
     assert rollout.logits is not None
     assert torch.equal(batch.logits, rollout.logits[rollout.active])
+
+
+def test_centring_takes_out_each_time_steps_mean():
+    # steps {1, 3} and {8}: means 2 and 8
+    active = torch.tensor([[True, True], [True, False]])
+    left = centre_by_step(torch.tensor([1.0, 3.0, 8.0]), active)
+    assert left.tolist() == [-1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("algo", ["ppo", "road"])
+def test_a_shuffled_control_deals_the_same_values_to_other_steps(algo):
+    rollout = lived()
+    plain, _ = guide(rollout, Algorithm(algo=algo, alpha=0.0), None)
+    dealt, _ = guide(
+        rollout,
+        Algorithm(algo=algo, alpha=0.0, control="shuffled"),
+        None,
+        generator=torch.Generator().manual_seed(1),
+    )
+    controlled, left = ("advantage", "weight") if algo == "ppo" else ("weight", "advantage")
+    ours, theirs = getattr(dealt, controlled), getattr(plain, controlled)
+    assert torch.equal(ours.sort().values, theirs.sort().values)
+    assert not torch.equal(ours, theirs)
+    assert torch.equal(getattr(dealt, left), getattr(plain, left))
+
+
+def test_a_uniform_control_says_the_same_of_every_step():
+    rollout = lived()
+    road, _ = guide(rollout, Algorithm(algo="road", alpha=0.0, control="uniform"), None)
+    assert torch.equal(road.weight, torch.ones_like(road.weight))
+    assert not torch.equal(road.advantage, torch.ones_like(road.weight))
+    ppo, _ = guide(rollout, Algorithm(control="uniform"), None)
+    assert torch.equal(ppo.advantage, torch.ones_like(ppo.advantage))
+
+
+@pytest.mark.parametrize("algo", ["ppo", "road"])
+def test_a_time_centred_weight_does_not_depend_on_the_time_step(algo):
+    rollout = lived(end_on_success=False)
+    algorithm = Algorithm(algo=algo, alpha=0.0, clip=100.0, control="time_centred")
+    batch, metrics = guide(rollout, algorithm, None)
+    assert float(metrics["guidance/time_step_share"]) == pytest.approx(0.0, abs=1e-6)
+    plain, _ = guide(rollout, Algorithm(algo=algo, alpha=0.0, clip=100.0), None)
+    chosen = batch.advantage if algo == "ppo" else batch.weight
+    expected = centre_by_step(plain.weight, rollout.active)
+    expected = expected / expected.std(correction=0)
+    torch.testing.assert_close(chosen, expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(batch.advantage, plain.advantage) == (algo == "road")

@@ -18,6 +18,7 @@ Reduction = Literal["mean", "sum"]
 SurrogateAdvantage = Literal["int", "mix"]
 Ratio = Literal["action", "token"]
 GrpoForm = Literal["group", "batch"]
+Control = Literal["none", "shuffled", "uniform", "time_centred"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,9 @@ class Algorithm:
         gate: Whether the critics must agree on the sign for the reference to count (Eq. 8).
         distill_coef: Factor on the AGD loss.
         distill_reduction: AGD's reduction over the K tokens (reading R12).
+        control: What ω (of ``ppo``: the surrogate's advantage) is replaced by, to find out what it
+            is worth: the same values dealt to other steps, 1 everywhere, or what is left of it
+            when each time step's mean is taken out.
         surrogate_advantage: Advantage in the PPO surrogate: the live critic's or Eq. 8's.
         ratio: PPO's probability ratio: per action (joint over its tokens) or per token.
         clip_eps: PPO's ε on the ratio.
@@ -76,6 +80,7 @@ class Algorithm:
     gate: bool = True
     distill_coef: float = 0.5
     distill_reduction: Reduction = "mean"
+    control: Control = "none"
     surrogate_advantage: SurrogateAdvantage = "int"
     ratio: Ratio = "action"
     clip_eps: float = 0.2
@@ -167,6 +172,11 @@ class Algorithm:
         if self.algo == "sft" and self.kl_stop is not None:
             raise UserError(
                 f"kl_stop {self.kl_stop:g} needs a rollout, sft has none: set it to none"
+            )
+        if self.control != "none" and self.algo in ("grpo", "sft"):
+            raise UserError(
+                f"control {self.control!r} is for algo 'ppo' and 'road': set it to 'none' with "
+                f"{self.algo}"
             )
         if self.surrogate_advantage == "mix" and self.algo in ("grpo", "sft"):
             raise UserError(

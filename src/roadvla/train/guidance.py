@@ -37,7 +37,11 @@ class Guidance:
 
 
 def guide(
-    rollout: Rollout, algorithm: Algorithm, reference: tuple[Tensor, Tensor] | None
+    rollout: Rollout,
+    algorithm: Algorithm,
+    reference: tuple[Tensor, Tensor] | None,
+    *,
+    generator: torch.Generator | None = None,
 ) -> tuple[Batch, dict[str, Tensor]]:
     """Turn a rollout into training data (Algorithm 1, step 2).
 
@@ -45,6 +49,7 @@ def guide(
         rollout: T steps of B episodes.
         algorithm: Settings.
         reference: The reference critic's values [T, B] and last values [B], if it is mixed in.
+        generator: Source of the order in which ``control`` shuffles.
 
     Returns:
         The active transitions, and metrics of the rollout and of the guidance as scalars on the
@@ -53,7 +58,7 @@ def guide(
     if algorithm.algo == "grpo":
         guidance, surrogate = _outcome_guidance(rollout, algorithm)
     else:
-        guidance, surrogate = _critic_guidance(rollout, algorithm, reference)
+        guidance, surrogate = _critic_guidance(rollout, algorithm, reference, generator)
     where = rollout.active.flatten().nonzero().squeeze(1)
     seen = rollout.observation
     batch = Batch(
@@ -82,12 +87,20 @@ def time_step_share(weight: Float[Tensor, " N"], active: Bool[Tensor, "T B"]) ->
         active: Which steps those are.
     """
     counts = active.sum(1).to(weight.dtype)
-    full = weight.new_zeros(active.shape)
-    full[active] = weight
-    means = full.sum(1) / counts.clamp(min=1)
+    means = _step_means(weight, active)
     between = (counts * (means - weight.mean()).square()).sum()
     total = (weight - weight.mean()).square().sum()
     return torch.where(total > 0, between / total.clamp(min=1e-30), torch.zeros_like(total))
+
+
+def centre_by_step(values: Float[Tensor, " N"], active: Bool[Tensor, "T B"]) -> Float[Tensor, " N"]:
+    """Take each time step's mean out of the values of the active steps.
+
+    Args:
+        values: Of the active steps, in the order of ``active`` flattened.
+        active: Which steps those are.
+    """
+    return values - _step_means(values, active)[:, None].expand(active.shape)[active]
 
 
 def explained_variance(
@@ -111,7 +124,10 @@ def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
 
 
 def _critic_guidance(
-    rollout: Rollout, algorithm: Algorithm, reference: tuple[Tensor, Tensor] | None
+    rollout: Rollout,
+    algorithm: Algorithm,
+    reference: tuple[Tensor, Tensor] | None,
+    generator: torch.Generator | None,
 ) -> tuple[Guidance, Float[Tensor, " N"]]:
     """Eq. 7-9 over the active steps, and the standardized advantage of the PPO surrogate."""
     active = rollout.active
@@ -126,12 +142,31 @@ def _critic_guidance(
             eps=algorithm.eps,
             gate=algorithm.gate,
         )
-    weight = perturbation_weight(
-        mixed, clip=algorithm.clip, eps=algorithm.eps, positive_only=algorithm.positive_only
-    )
     chosen = mixed if algorithm.surrogate_advantage == "mix" else advantages[active]
-    guidance = Guidance(mixed, returns[active], weight, agree)
-    return guidance, standardize(chosen, eps=algorithm.eps)
+    centred = algorithm.control == "time_centred"
+    weight = perturbation_weight(
+        centre_by_step(mixed, active) if centred else mixed,
+        clip=algorithm.clip,
+        eps=algorithm.eps,
+        positive_only=algorithm.positive_only,
+    )
+    if centred and algorithm.algo == "ppo":
+        chosen = centre_by_step(chosen, active)
+    surrogate = standardize(chosen, eps=algorithm.eps)
+    if algorithm.algo == "ppo":
+        surrogate = _controlled(surrogate, algorithm, generator)
+    else:
+        weight = _controlled(weight, algorithm, generator)
+    return Guidance(mixed, returns[active], weight, agree), surrogate
+
+
+def _controlled(values: Tensor, algorithm: Algorithm, generator: torch.Generator | None) -> Tensor:
+    """Take from the values what they say about each step, if a control asks for it."""
+    if algorithm.control == "uniform":
+        return torch.ones_like(values)
+    if algorithm.control == "shuffled":
+        return values[torch.randperm(len(values), generator=generator, device=values.device)]
+    return values
 
 
 def _outcome_guidance(
@@ -147,6 +182,13 @@ def _outcome_guidance(
     )[rollout.active]
     weight = advantage.clamp(-algorithm.clip, algorithm.clip)
     return Guidance(advantage, torch.zeros_like(advantage), weight, None), advantage
+
+
+def _step_means(values: Float[Tensor, " N"], active: Bool[Tensor, "T B"]) -> Float[Tensor, " T"]:
+    """Average over the active episodes at each time step; 0 where there is none."""
+    full = values.new_zeros(active.shape)
+    full[active] = values
+    return full.sum(1) / active.sum(1).clamp(min=1)
 
 
 def _gae(

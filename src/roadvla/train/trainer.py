@@ -317,7 +317,7 @@ class Trainer:
                 reference = reference_values(
                     self._reference, rollout, share_vision=self._share_vision
                 )
-        return guide(rollout, algorithm, reference)
+        return guide(rollout, algorithm, reference, generator=self.generator)
 
     def _load_policies(self, source: Path | str | None) -> None:
         """Load the live policy and the reference critic; cheap checks come first."""
