@@ -6,6 +6,7 @@ person can mend ends as one line on stderr and exit code 2.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import sys
@@ -229,27 +230,20 @@ def demo(*, output: Path = Path("runs/demo"), seed: int = 0, fast: bool = False)
     run(output=output, seed=seed, fast=fast)
 
 
-def study(
-    name: tyro.conf.Positional[str],
-    *,
-    seeds: tuple[int, ...] = (0, 1, 2),
-    jobs: int = os.cpu_count() or 1,
-    episodes: int = 512,
-    output: Path | None = None,
-) -> None:
-    """Run a named grid of experiments over seeds and report on it.
+def study(arguments: list[str]) -> None:
+    """Run the paper's tables and figures as grids of runs: study NAME… [flags]."""
+    from roadvla.experiments.studies import StudyRequest, run_studies
+    from roadvla.experiments.paper_studies import STUDIES
 
-    Args:
-        name: Which grid, e.g. first-results.
-        seeds: One run of each experiment per seed.
-        jobs: Runs at a time, one thread each.
-        episodes: Of each set in the final evaluations; more of the setting trained on.
-        output: Folder for the runs, runs/NAME unless given; what is finished in it is kept.
-    """
-    from roadvla.experiments.studies import run_study
-
-    folder = output or Path("runs") / name
-    run_study(name, output=folder, seeds=seeds, jobs=jobs, episodes=episodes)
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
+    flags = arguments[len(names) :]
+    if not arguments or (flags and flags[0] in ("-h", "--help") and not names):
+        print("usage: roadvla study NAME… [flags]; roadvla study all --help lists the flags\n")
+        for known in STUDIES.values():
+            print(f"  {known.name:<10} {known.title}{f' ({known.paper})' if known.paper else ''}")
+        return
+    form = form_of(StudyRequest(names=tuple(names)))
+    print(run_studies(value_of(StudyRequest, parse(form, "study", flags))))
 
 
 # The flags of these are a configuration's fields, so the functions parse them themselves.
@@ -262,6 +256,7 @@ _CONFIGURED: dict[str, Callable[[list[str]], None]] = {
     "check-env": check_env,
     "gallery": gallery,
     "demos": demos,
+    "study": study,
 }
 _COMMANDS: dict[str, Callable[..., None]] = {
     "demo": demo,

@@ -20,6 +20,7 @@ __all__ = [
     "VectorEnv",
     "canonical",
     "close",
+    "horizon",
     "make_env",
     "setting",
 ]
@@ -109,6 +110,19 @@ def canonical(env: str, sim: str) -> str:
 
     env_id = variant(env).env_id
     return next((row.alias for row in SETTINGS.values() if row.rl4vla_id == env_id), env_id)
+
+
+def horizon(env: str, split: str, sim: str) -> int:
+    """Actions per episode of a set, without building an environment.
+
+    Raises:
+        UserError: If there is no such setting or set.
+    """
+    if sim == "tabletop":
+        return setting(env).distribution(split).horizon
+    from roadvla.envs.maniskill.settings import HORIZON
+
+    return HORIZON
 
 
 def close(env: VectorEnv) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import subprocess
 from pathlib import Path
 
 import torch
@@ -46,6 +47,31 @@ def describe_machine(device: str | torch.device = "cpu") -> str:
     if torch.device(device).type == "cuda":
         parts.append(torch.cuda.get_device_name(device))
     return ", ".join([*parts, f"torch {torch.__version__}"])
+
+
+def source_commit() -> str:
+    """Commit of the source tree that runs: ``""`` if unknown, ending in ``+`` if it was changed.
+
+    Where the tree travels without its history, ``ROADVLA_COMMIT`` can say it.
+    """
+    told = os.environ.get("ROADVLA_COMMIT")
+    if told:
+        return told
+    here = Path(__file__).resolve().parent
+    try:
+        head = _git(here, "rev-parse", "--short=12", "HEAD")
+        # An installed copy may lie in another project's tree; only our own tracks this file.
+        _git(here, "ls-files", "--error-unmatch", Path(__file__).name)
+        changed = _git(here, "status", "--porcelain", "--untracked-files=no", "--", here.parent)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return f"{head}+" if changed else head
+
+
+def _git(folder: Path, *arguments: str | Path) -> str:
+    command = ["git", "-C", str(folder), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    return done.stdout.strip()
 
 
 def _cpu_model() -> str:
