@@ -73,7 +73,7 @@ clean:
 .venv/installed-core: PACKAGE = .[openvla]
 .venv/installed-test: PACKAGE = .[openvla,lerobot,test]
 .venv/installed-sim: PACKAGE = .[openvla,maniskill,lerobot,test]
-.venv/installed-dev: PACKAGE = .[openvla,maniskill,lerobot,test,dev]
+.venv/installed-dev: PACKAGE = .[openvla,maniskill,lerobot,ray,test,dev]
 
 .venv/installed-core: $(BIN)/python $(INPUTS)
 	$(install)

@@ -232,8 +232,8 @@ def demo(*, output: Path = Path("runs/demo"), seed: int = 0, fast: bool = False)
 
 def study(arguments: list[str]) -> None:
     """Run the paper's tables and figures as grids of runs: study NAME… [flags]."""
-    from roadvla.experiments.studies import StudyRequest, run_studies
     from roadvla.experiments.paper_studies import STUDIES
+    from roadvla.experiments.studies import StudyRequest, run_studies
 
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), arguments))
     flags = arguments[len(names) :]

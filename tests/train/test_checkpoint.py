@@ -98,6 +98,15 @@ def test_all_checkpoints_are_kept_when_asked(tmp_path):
     assert (tmp_path / "iteration_000001").is_dir()
 
 
+def test_chosen_checkpoints_are_kept(tmp_path):
+    state = trained()
+    for iteration in range(1, 5):
+        save(tmp_path, state, iteration, kept=(2, 7))
+    assert sorted(p.name for p in tmp_path.glob("iteration_*")) == [
+        *("iteration_000002", "iteration_000004"),
+    ]
+
+
 def test_an_abandoned_folder_is_replaced(tmp_path):
     state = trained()
     save(tmp_path, state, 1)

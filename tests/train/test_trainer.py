@@ -489,6 +489,14 @@ def test_checkpoints_can_all_be_kept(tmp_path):
     ]
 
 
+def test_chosen_iterations_are_saved_and_kept(tmp_path):
+    folder = run(tmp_path / "run", kept_iterations=(1, 6, 7))
+    assert [p.name for p in sorted((folder / "checkpoints").glob("iteration_*"))] == [
+        f"iteration_{i:06d}" for i in (1, 6, 7, 12)
+    ]
+    assert load_experiment(folder).kept_iterations == (1, 6, 7)
+
+
 def test_evaluation_can_be_left_out(tmp_path):
     folder = run(tmp_path / "run", evaluation=EvaluationConfig(every=0, final_episodes=0))
     assert not any("eval" in key for row in rows(folder) for key in row)

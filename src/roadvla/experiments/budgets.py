@@ -19,9 +19,9 @@ class Budget:
         env_steps: Environment steps of PPO and of most methods.
         minibatch: Transitions per pass; ``None`` for the preset's.
         episodes: Of each set in the final evaluations.
-        curve_points: Evaluations on the way, evenly spread, the last at the end.
+        evaluation_envs: Episodes run at once in evaluations; the sampled actions depend on it.
+        curve: When success is measured on the way, as shares of the run; the last is its end.
         curve_episodes: Of each set in those.
-        reference_points: Checkpoints of a PPO run from which a critic can be taken.
         seeds: One run of each method and training distribution per seed.
         warmup_episodes: Demonstrations of the small policy's warm-up; ``None`` for its own.
         warmup_steps: Its optimiser steps; ``None`` for its own.
@@ -33,9 +33,9 @@ class Budget:
     env_steps: int
     minibatch: int | None = None
     episodes: int
-    curve_points: int
+    evaluation_envs: int = 64
+    curve: tuple[float, ...]
     curve_episodes: int
-    reference_points: int = 25
     seeds: tuple[int, ...] = (0, 1, 2)
     warmup_episodes: int | None = None
     warmup_steps: int | None = None
@@ -48,9 +48,8 @@ SMOKE = Budget(
     env_steps=4 * 8 * 30,
     minibatch=64,
     episodes=8,
-    curve_points=2,
+    curve=(0.5, 1.0),
     curve_episodes=8,
-    reference_points=4,
     seeds=(0,),
     warmup_episodes=8,
     warmup_steps=10,
@@ -62,12 +61,13 @@ FULL = Budget(
     name="full",
     env_steps=50 * 64 * 24,
     episodes=1152,
-    curve_points=5,
+    evaluation_envs=384,
+    curve=(0.04, 0.08, 0.16, 0.24, 0.4, 0.6, 0.8, 1.0),
     curve_episodes=128,
 )
 """The tabletop's: 76,800 steps a run, about two minutes on one core; ±2.5 points a set."""
 
-PAPER_BUDGET = replace(FULL, name="paper", env_steps=850_000, curve_points=10)
+PAPER_BUDGET = replace(FULL, name="paper", env_steps=850_000, evaluation_envs=64)
 """Table 4's 850,000 steps; on ManiSkill with OpenVLA-7B a day on one GPU (`roadvla plan`)."""
 
 BUDGETS = {budget.name: budget for budget in (SMOKE, FULL, PAPER_BUDGET)}
@@ -93,7 +93,6 @@ def base_experiment(
         optimizer=optimizer,
         rollout=rollout,
         evaluation=replace(preset.evaluation, every=0, final_episodes=0),
-        keep_checkpoints="all",
     )
 
 

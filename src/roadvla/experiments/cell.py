@@ -65,7 +65,7 @@ def is_finished(cell: Cell, grid: Grid) -> bool:
     measured = {(o.env, o.split): o.episodes for o in record.outcomes}
     drawn = {(point.env, point.split) for point in record.curve}
     wanted = {(env, split) for env in cell.envs for split in SPLITS}
-    return all(measured.get(key, 0) >= grid.budget.episodes for key in wanted) and wanted <= drawn
+    return wanted <= drawn and all(measured.get(key) == grid.budget.episodes for key in wanted)
 
 
 def run_cell(cell: Cell, grid: Grid, origin: Origin) -> None:
@@ -139,7 +139,8 @@ class _Measuring:
         self, checkpoint: Path | None, folder: Path, env: str, split: str, episodes: int, film: int
     ) -> Evaluation:
         found = find_evaluation(folder, env, split)
-        if found is not None and found.episodes >= episodes:
+        iteration = None if checkpoint is None else trained(checkpoint)[0]
+        if found is not None and (found.episodes, found.iteration) == (episodes, iteration):
             return found
         experiment = self._experiment
         result = evaluate(
@@ -149,7 +150,7 @@ class _Measuring:
             sim=experiment.sim,
             episodes=episodes,
             temperature=experiment.evaluation.temperature,
-            num_envs=min(experiment.rollout.num_envs, episodes),
+            num_envs=min(self._grid.budget.evaluation_envs, episodes),
             device=experiment.device,
             record=film,
             make_env=self._parts.make_env,
@@ -189,7 +190,7 @@ def _check_sources(experiment: Experiment, cell: Cell) -> None:
         if path is not None and not Path(path).is_dir():
             owner = next(part for part in reversed(Path(path).parts) if part in cell.needs)
             raise UserError(
-                f"{cell.name} needs the checkpoint {path}, which is gone: delete "
+                f"{cell.name} needs the checkpoint {path}, which is gone: delete runs/{owner} and "
                 f"records/{owner}.json to train that cell again"
             )
 

@@ -10,11 +10,12 @@ import multiprocessing
 import os
 import signal
 import threading
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -28,6 +29,7 @@ class DiedError(Exception):
     """A cell's process ended without saying why."""
 
 
+@runtime_checkable
 class Executor(Protocol):
     """Runs up to ``slots`` cells at a time."""
 
@@ -144,6 +146,9 @@ def said(work: Work, log: Path) -> str:
             return f"{error} (see {log})"
         except KeyboardInterrupt as interrupt:
             return str(interrupt) or "stopped"
+        except Exception as error:  # a defect: the grid goes on, the log tells where it is
+            traceback.print_exc(file=file)
+            return f"{type(error).__name__}: {error} (see {log})"
     return ""
 
 

@@ -15,7 +15,7 @@ from roadvla.errors import UserError, unknown_name
 from roadvla.evaluation.definition import definition
 from roadvla.evaluation.results import StudyRecord
 from roadvla.experiments.budgets import Budget, warm_up_of
-from roadvla.experiments.methods import PPO, Method
+from roadvla.experiments.methods import CRITIC_SHARES, PPO, Method
 from roadvla.experiments.paper_studies import Study
 from roadvla.policy import BACKBONE_FOLDER
 from roadvla.train.config import Experiment
@@ -24,7 +24,10 @@ from roadvla.train.warmup import WarmUp
 
 WARMUP = "warmup"
 # What changes nothing about what is learned.
-_ASIDE = ("name", "output", "init", "device", "evaluation", "checkpoint_every", "keep_checkpoints")
+_ASIDE = (
+    *("name", "output", "init", "device", "evaluation"),
+    *("checkpoint_every", "keep_checkpoints", "kept_iterations"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +212,7 @@ class _Builder:
             ):
                 if share is None:
                     continue
-                at = self._checkpoint(trained_on, share)
+                (at,) = self._at(trained_on, PPO.steps, (share,))
                 sources[what] = [ppo.identity, at]
                 folder = self.root / "runs" / ppo.name / "checkpoints" / f"iteration_{at:06d}"
                 paths[key] = str(folder)
@@ -217,8 +220,10 @@ class _Builder:
         algorithm = replace(
             self.base.algorithm, **method.algorithm, reference_critic=paths["critic"]
         )
-        points = self.budget.reference_points if method == PPO else self.budget.curve_points
-        every = max(1, total // points)
+        curve = self._at(trained_on, method.steps, self.budget.curve)
+        kept = set(curve)
+        if method == PPO:
+            kept |= set(self._at(trained_on, method.steps, CRITIC_SHARES))
         experiment = replace(
             self.base,
             name=method.name,
@@ -228,14 +233,10 @@ class _Builder:
             algorithm=algorithm,
             optimizer=replace(self.base.optimizer, **method.optimizer),
             rollout=replace(self.base.rollout, total_env_steps=total * per_iteration),
-            checkpoint_every=every,
+            kept_iterations=tuple(sorted(kept)),
         )
         identity = _digest({**_decisive(experiment), **sources, "alone": method.alone})
         name = f"{method.name}-{trained_on}-seed{seed}-{identity[:8]}"
-        curve = tuple(
-            _nearest(total * point / self.budget.curve_points, every, total)
-            for point in range(1, self.budget.curve_points + 1)
-        )
         cell = Cell(
             name=name,
             method=method.name,
@@ -245,7 +246,7 @@ class _Builder:
             identity=identity,
             needs=(self.warmup.name, *(other.name for other in needed)),
             extra_env_steps=extra,
-            curve=tuple(dict.fromkeys(curve)),
+            curve=curve,
             alone=method.alone,
         )
         return cell, needed
@@ -257,11 +258,10 @@ class _Builder:
         whole = self.base.iterations(horizon(env, "train", self.base.sim))
         return max(1, round(share * whole))
 
-    def _checkpoint(self, env: str, share: float) -> int:
-        """Iteration of the PPO checkpoint nearest to a share of its run."""
-        total = self._iterations(env, PPO.steps)
-        every = max(1, total // self.budget.reference_points)
-        return _nearest(share * total, every, total)
+    def _at(self, env: str, steps: float, shares: Iterable[float]) -> tuple[int, ...]:
+        """Iterations at these shares of a run, each once."""
+        total = self._iterations(env, steps)
+        return tuple(dict.fromkeys(max(1, round(share * total)) for share in shares))
 
 
 def _check_choice(studies: Sequence[Study], only: Sequence[str], settings: Sequence[str]) -> None:
@@ -281,12 +281,6 @@ def _shared(env: str) -> str:
         raise unknown_name("setting", env, SETTINGS)
     train = SETTINGS[env].distribution("train")
     return next(alias for alias, row in SETTINGS.items() if row.distribution("train") == train)
-
-
-def _nearest(wanted: float, every: int, total: int) -> int:
-    """Saved iteration nearest to one wanted: a multiple of ``every``, or the last."""
-    saved = [*range(every, total + 1, every), total]
-    return min(saved, key=lambda iteration: abs(iteration - wanted))
 
 
 def _union(first: Iterable[str], second: Iterable[str]) -> tuple[str, ...]:

@@ -56,9 +56,10 @@ ROAD_UNGATED = ROAD.but("road-ungated", gate=False)
 ROAD_POSITIVE = ROAD.but("road-positive", positive_only=True)
 ROAD_ALPHA_0 = replace(ROAD.but("road-alpha-0", alpha=0.0), critic=None)
 ROAD_ALPHA_1 = ROAD.but("road-alpha-1", alpha=1.0)
+CRITIC_SHARES = (0.24, 0.48, 0.72, 0.96)
+"""When the paper's earlier critics were frozen: episodes 39, 79, 119 and 159 of 165 (App. D.3)."""
 ROAD_EARLIER = tuple(
-    replace(ROAD, name=f"road-critic-{percent}", critic=percent / 100)
-    for percent in (24, 48, 72, 96)
+    replace(ROAD, name=f"road-critic-{100 * share:.0f}", critic=share) for share in CRITIC_SHARES
 )
 
 # Readings.

@@ -17,9 +17,9 @@ from roadvla.experiments.budgets import BUDGETS, base_experiment
 from roadvla.experiments.cell import Origin
 from roadvla.experiments.executors import Executor, LocalProcesses, RayCluster
 from roadvla.experiments.grid import Grid, build_grid
+from roadvla.experiments.paper_studies import STUDIES
 from roadvla.experiments.schedule import run_grid
 from roadvla.experiments.stages import continued_by
-from roadvla.experiments.paper_studies import STUDIES
 from roadvla.policy.settings import PolicyKind
 from roadvla.report.site import write_page
 

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +56,7 @@ def save_checkpoint(
     *,
     save_policy: Callable[..., None],
     keep_all: bool = False,
+    kept: Collection[int] = (),
 ) -> Path:
     """Write a checkpoint, then point ``latest.json`` at it, then drop the earlier ones.
 
@@ -69,6 +70,7 @@ def save_checkpoint(
         generator: The run's source of randomness.
         save_policy: Writes a policy into a folder.
         keep_all: Keep the earlier checkpoints.
+        kept: Iterations whose checkpoints are kept in any case.
 
     Raises:
         UserError: If the disk is full or the folder cannot be written.
@@ -99,8 +101,9 @@ def save_checkpoint(
             f"go on with --resume"
         ) from error
     if not keep_all:
+        spared = {name, *(f"iteration_{iteration:06d}" for iteration in kept)}
         for old in root.glob("iteration_*"):
-            if old.name != name:
+            if old.name not in spared:
                 shutil.rmtree(old, ignore_errors=True)
     for abandoned in root.glob(".iteration_*.partial"):
         shutil.rmtree(abandoned, ignore_errors=True)

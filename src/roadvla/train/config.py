@@ -127,6 +127,7 @@ class Experiment:
         maniskill: How ManiSkill simulates.
         checkpoint_every: Iterations between checkpoints; the last is always saved.
         keep_checkpoints: Keep all checkpoints, or the last.
+        kept_iterations: Iterations whose checkpoints are saved and kept in any case.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Experiment:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint_every: int = 10
     keep_checkpoints: Literal["last", "all"] = "last"
+    kept_iterations: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values out of range and settings that contradict each other."""

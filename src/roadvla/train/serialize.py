@@ -90,6 +90,10 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in options:
             return None
         return _convert(next(o for o in options if o is not type(None)), value, where)
+    if origin is tuple and options[1:] == (Ellipsis,):
+        if not isinstance(value, list | tuple):
+            raise UserError(f"{where} is {value!r}, expected a list")
+        return tuple(_convert(options[0], entry, where) for entry in value)
     if origin is tuple:
         if not isinstance(value, list | tuple) or len(value) != len(options):
             raise UserError(f"{where} is {value!r}, expected {len(options)} numbers")

@@ -112,6 +112,7 @@ def _loop(trainer: Trainer, folder: Path) -> None:
                 writer.write(done.iteration, done.env_steps, metrics)
                 display.advance(metrics)
                 due = done.iteration % experiment.checkpoint_every == 0
+                due = due or done.iteration in experiment.kept_iterations
                 if due or done.iteration == total or interrupts.requested:
                     trainer.save(folder)
         if interrupts.requested:
@@ -285,6 +286,7 @@ class Trainer:
             self.generator,
             save_policy=self._parts.save_policy,
             keep_all=self.experiment.keep_checkpoints == "all",
+            kept=self.experiment.kept_iterations,
         )
 
     def _gather(self, watch: Stopwatch) -> tuple[Batch, dict[str, Tensor]]:

@@ -1,45 +1,18 @@
-"""Studies are grids of ordinary runs: what their cells resolve to, and that nothing runs twice."""
+"""Steps of demo and studies: what is there already is not made again."""
 
 from __future__ import annotations
 
-import errno
-import io
 import json
-import os
 import shutil
-import signal
-from concurrent.futures import Future
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation
 from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
-from roadvla.experiments import stages, studies
-from roadvla.experiments.studies import EPOCHS, FIRST_RESULTS, STUDIES
-from roadvla.train.interrupt import Interrupted
-from roadvla.train.serialize import difference
-
-OUT = Path("out")
-
-
-class _BrokenPool:
-    """A pool whose processes were killed."""
-
-    def __init__(self, **_: object) -> None:
-        pass
-
-    def submit(self, *_: object) -> Future[str]:
-        future: Future[str] = Future()
-        future.set_exception(BrokenProcessPool("terminated abruptly"))
-        return future
-
-    def shutdown(self, **_: object) -> None:
-        pass
+from roadvla.experiments import stages
 
 
 def _write_warm_up(folder: Path, settings: stages.WarmUp) -> None:
@@ -84,112 +57,6 @@ def _count_evaluations(monkeypatch) -> list[tuple[str, str, int]]:
     monkeypatch.setattr(stages, "evaluate", evaluate)
     monkeypatch.setattr(stages, "load_policy", lambda folder: None)
     return made
-
-
-def test_every_cell_resolves_and_has_a_name_of_its_own() -> None:
-    for cells in STUDIES.values():
-        experiments = [cell.experiment(OUT, 3) for cell in cells]
-        assert len({e.output for e in experiments}) == len(cells)
-        for experiment in experiments:
-            experiment.check_complete()
-            assert experiment.seed == 3
-            assert experiment.init == "out/warmup"
-
-
-def test_references_are_finished_before_they_are_needed() -> None:
-    for cells in STUDIES.values():
-        alone = {cell.name for cell in cells if cell.reference is None}
-        assert {cell.reference for cell in cells if cell.reference is not None} <= alone
-
-
-def test_the_first_results_compare_like_with_like() -> None:
-    ppo, *others = (cell.experiment(OUT, 0) for cell in FIRST_RESULTS)
-    free = {"name", "output", "algorithm.reference_critic"}
-    names = {
-        "road-add": {"algorithm.algo"},
-        "road-replace": {
-            *("algorithm.algo", "algorithm.combine"),
-            *("algorithm.distill_coef", "algorithm.entropy_coef"),
-        },
-        "ppo-mix": {"algorithm.surrogate_advantage"},
-        "agd-odd": {
-            *("algorithm.algo", "algorithm.combine", "algorithm.distill_coef"),
-            *("algorithm.entropy_coef", "algorithm.teacher", "algorithm.token_weighting"),
-            "algorithm.distill_reduction",
-        },
-    }
-    assert {other.name for other in others} == set(names)
-    for other in others:
-        assert set(difference(ppo, other)) - free == names[other.name]
-        assert other.algorithm.reference_critic == "out/ppo-seed0"
-        assert other.algorithm.epochs == ppo.algorithm.epochs
-
-
-def test_the_epochs_study_varies_epochs_alone() -> None:
-    first, *others = (cell.experiment(OUT, 0) for cell in EPOCHS)
-    for other in others:
-        assert set(difference(first, other)) == {"name", "output", "algorithm.epochs"}
-
-
-def test_a_failing_cell_is_named_and_does_not_raise(tmp_path, monkeypatch) -> None:
-    def fail(experiment):
-        raise UserError("no luck")
-
-    monkeypatch.setattr(studies, "ensure_run", fail)
-    experiment = FIRST_RESULTS[0].experiment(tmp_path, 0)
-    message = studies._run_cell(experiment, 8)
-    assert message.startswith("no luck (see ")
-    assert (tmp_path / "ppo-seed0.log").exists()
-
-
-def test_a_full_disk_fails_the_cell_alone(tmp_path, monkeypatch) -> None:
-    def fail(experiment):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(studies, "ensure_run", fail)
-    message = studies._run_cell(FIRST_RESULTS[0].experiment(tmp_path, 0), 8)
-    assert "No space left on device (see " in message
-    (tmp_path / "file").write_text("")
-    message = studies._run_cell(FIRST_RESULTS[0].experiment(tmp_path / "file", 0), 8)
-    assert "file" in message
-
-
-def test_after_ctrl_c_a_worker_starts_no_cell(tmp_path, monkeypatch) -> None:
-    started = []
-
-    def stop(experiment):
-        started.append(experiment.name)
-        raise Interrupted("stopped, saved at iteration_000002")
-
-    monkeypatch.setattr(studies, "_STOP", studies._Stop())
-    monkeypatch.setattr(studies, "ensure_run", stop)
-    cells = [cell.experiment(tmp_path, 0) for cell in FIRST_RESULTS[:2]]
-    assert studies._run_cell(cells[0], 8) == "stopped, saved at iteration_000002"
-    assert studies._run_cell(cells[1], 8) == "stopped"
-    assert started == ["ppo"]
-
-
-def test_ctrl_c_between_cells_is_kept_for_the_next() -> None:
-    stop = studies._Stop()
-    stop.request()
-    with pytest.raises(KeyboardInterrupt), stop.heeded():
-        pytest.fail("entered")
-    stop = studies._Stop()
-    with pytest.raises(KeyboardInterrupt), stop.heeded():
-        stop.request()
-
-
-def test_a_worker_that_dies_is_one_line(tmp_path, monkeypatch) -> None:
-    experiment = FIRST_RESULTS[0].experiment(tmp_path, 0)
-    monkeypatch.setattr(studies, "ProcessPoolExecutor", _BrokenPool)
-    with pytest.raises(UserError, match="process died, perhaps for want of memory"):
-        studies._run_all([experiment], 1, 8, Console(file=io.StringIO()))
-    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
-
-
-def test_an_unknown_study_is_named(tmp_path) -> None:
-    with pytest.raises(UserError, match="did you mean 'epochs'"):
-        studies.run_study("epoch", output=tmp_path, seeds=[0], jobs=1, episodes=8)
 
 
 def test_a_warm_up_is_made_once(tmp_path, monkeypatch) -> None:
