@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import torch
 
 from roadvla.envs.tabletop.camera import SIZE
@@ -21,7 +23,8 @@ def test_a_batch_is_its_index() -> None:
 
 def test_prompts_are_primitives_and_never_the_task() -> None:
     sampler = PrimitiveSampler(64, CPU)
-    prompts = [text for index in range(16) for text in sampler.sample(index).prompts]
+    plain = [index for index in range(16) if index % 4 != 3]
+    prompts = [text for index in plain for text in sampler.sample(index).prompts]
     assert {text.split()[0] for text in prompts} == {"reach", "go", "pick", "touch"}
     assert not any("put" in text or " on " in text for text in prompts)
 
@@ -52,8 +55,46 @@ def test_reaching_goes_towards_the_object_and_going_towards_the_plate() -> None:
     assert checked > 100
 
 
-def test_only_what_the_prompt_names_is_asked_about() -> None:
+def test_one_batch_in_four_has_hints_of_each_kind_in_turn() -> None:
+    sampler = PrimitiveSampler(64, CPU)
+    starts = ("Reference plan", "Hint (q=")
+    for index in range(12):
+        batch, plain = sampler.sample(index), sampler.hinted(index, "action")[0]
+        if index % 4 != 3:
+            assert batch.prompts == plain.prompts
+            assert torch.equal(batch.image, plain.image)
+            assert torch.equal(batch.named, plain.named)
+            continue
+        hints = [
+            p.removeprefix(f"{q}. ") for p, q in zip(batch.prompts, plain.prompts, strict=True)
+        ]
+        found = [next((s for s in starts if hint.startswith(s)), "state") for hint in hints]
+        assert set(found) == {("state", *starts)[index // 4]}
+        # The label is that of the prompt without the hint.
+        assert torch.equal(batch.action, plain.action)
+
+
+def test_where_the_frame_is_covered_nothing_in_it_is_asked_for() -> None:
     batch = PrimitiveSampler(256, CPU).sample(3)
+    covered = (batch.image == 128).flatten(1).all(1)
+    assert 0.2 < covered.float().mean() < 0.4
+    assert not batch.named[covered].any()
+    assert batch.named[~covered].any(1).all()
+
+
+def test_a_hinted_action_is_near_the_right_one() -> None:
+    batch = PrimitiveSampler(64, CPU).hinted(0, "action")[1]
+    for prompt, action in zip(batch.prompts, batch.action.tolist(), strict=True):
+        numbers = [float(x) for x in re.findall(r"[+-]\d\.\d+", prompt)]
+        limits = [0.04] * 3 + [0.35] * 3
+        for said, right, limit in zip(numbers, action, limits, strict=False):
+            assert abs(said - right) <= 0.15 * limit + 5e-4
+        assert len(numbers) == 6
+        assert prompt.endswith("open." if action[6] > 0.5 else "closed.")
+
+
+def test_only_what_the_prompt_names_is_asked_about() -> None:
+    batch = PrimitiveSampler(256, CPU).sample(2)
     for text, named in zip(batch.prompts, batch.named, strict=True):
         verb = text.split()[0]
         assert bool(named[:3].all()) == (verb != "go")

@@ -31,7 +31,7 @@ class PretrainConfig:
         device: ``cpu`` or ``cuda``.
     """
 
-    steps: int = 6000
+    steps: int = 8000
     batch: int = 128
     learning_rate: float = 2e-3
     warmup_steps: int = 200

@@ -1,7 +1,9 @@
 """Pretraining data of the tiny VLA: random tabletop states, a primitive prompt, the right action.
 
 The states are drawn independently of each other, so there are no trajectories, no rewards and no
-demonstration of the suite's task: the prompts ask to reach, pick or touch named things.
+demonstration of the suite's task: the prompts ask to reach, pick or touch named things. One batch
+in four adds a hint, true of the state, of the kinds that text-guided teachers are given: so that
+hints can be read at all. In part of it the frame shows nothing, and the hint is all there is.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
+from roadvla.envs.base import Snapshot
 from roadvla.envs.suite import Distribution
 from roadvla.envs.tabletop.dynamics import (
     MAX_ROTATION,
@@ -25,6 +28,10 @@ from roadvla.envs.tabletop.render import Frame, Renderer, quantize
 from roadvla.envs.tabletop.scene import COLOURS, ELONGATED, NUM_TABLES, SHAPES, Scene, sample_scene
 from roadvla.envs.tabletop.shifts import crop_overlays
 from roadvla.envs.tabletop.textures import overlays
+from roadvla.privileged.hints import join
+from roadvla.privileged.plan import plan_hints
+from roadvla.privileged.relspatial import relspatial_hints
+from roadvla.privileged.verbalise import action_hints
 
 _STREAM = 9000
 _OVERLAY_SEED = 70  # not the suite's: its overlays stay unseen
@@ -32,6 +39,13 @@ _APPROACH = 0.10
 _HOVER = 0.09
 _LIMITS = (MAX_TRANSLATION,) * 3 + (MAX_ROTATION,) * 3
 _GAIN = 0.7
+_HINTED = 4  # one batch in so many
+_BLANK = 0.3  # share of a hinted batch whose frames show nothing
+_HINT_NOISE = 0.15  # of a hinted action, in fractions of its limits
+
+_GRAY = 128
+
+HINTS = ("relspatial", "plan", "action")
 
 # Which things may stand beside the named ones; any colour and shape is allowed.
 _DISTRIBUTIONS = tuple(
@@ -86,8 +100,61 @@ class PrimitiveSampler:
         self._overlays = overlays(_OVERLAY_SEED).to(device)
 
     def sample(self, index: int) -> Primitives:
-        """Draw one batch."""
-        ids = torch.arange(self.batch, device=self.device) + (1 << 40) + index * self.batch
+        """Draw one batch; of every four the last has hints, of one kind after the other."""
+        batch, scene, state = self._plain(index)
+        if index % _HINTED != _HINTED - 1:
+            return batch
+        return self._hinted(batch, scene, state, HINTS[index // _HINTED % len(HINTS)], index)
+
+    def hinted(self, index: int, kind: str) -> tuple[Primitives, Primitives]:
+        """Draw one batch without hints, and the same with them; nothing is blanked.
+
+        Args:
+            index: Of the batch.
+            kind: One of ``HINTS``.
+        """
+        batch, scene, state = self._plain(index)
+        hints = self._hints(batch, scene, state, kind, index)
+        prompts = [join(p, hint) for p, hint in zip(batch.prompts, hints, strict=True)]
+        return batch, replace(batch, prompts=prompts)
+
+    def _hinted(
+        self, batch: Primitives, scene: Scene, state: State, kind: str, index: int
+    ) -> Primitives:
+        """Add the hints; where the frame is covered, nothing in it can be asked for."""
+        hints = self._hints(batch, scene, state, kind, index)
+        blank = uniform(self._ids(index), _STREAM + 3, 1)[:, 0] < _BLANK
+        return replace(
+            batch,
+            prompts=[join(p, hint) for p, hint in zip(batch.prompts, hints, strict=True)],
+            image=torch.where(blank[:, None, None, None], _GRAY, batch.image),
+            named=batch.named & ~blank[:, None],
+        )
+
+    def _hints(
+        self, batch: Primitives, scene: Scene, state: State, kind: str, index: int
+    ) -> list[str]:
+        if kind == "action":
+            u = uniform(self._ids(index), _STREAM + 4, 7)
+            limits = batch.action.new_tensor(_LIMITS)
+            noise = (u[:, :6] - 0.5) * 2 * _HINT_NOISE * limits
+            action = torch.cat([batch.action[:, :6] + noise, batch.action[:, 6:]], 1)
+            return action_hints(action, u[:, 6] * 1.2)
+        snapshot = Snapshot(
+            tip=state.gripper[:, :3],
+            objects=state.object_position,
+            receptacles=torch.nn.functional.pad(scene.receptacle_xy, (0, 1)),
+            held=state.held,
+            is_open=state.is_open,
+        )
+        write = plan_hints if kind == "plan" else relspatial_hints
+        return write(snapshot, scene.instructions())
+
+    def _ids(self, index: int) -> Tensor:
+        return torch.arange(self.batch, device=self.device) + (1 << 40) + index * self.batch
+
+    def _plain(self, index: int) -> tuple[Primitives, Scene, State]:
+        ids = self._ids(index)
         scene = sample_scene(ids, _DISTRIBUTIONS[index % len(_DISTRIBUTIONS)])
         scene = replace(scene, table=scene.table % NUM_TABLES)
         state = _random_state(scene, ids)
@@ -97,7 +164,7 @@ class PrimitiveSampler:
         reach, go, pick = _reach(state, scene), _go(state, scene), _pick(state, scene)
         touch = torch.where((state.held == 0)[:, None], go, reach)
         actions = torch.stack([reach, go, pick, touch], 1)
-        return Primitives(
+        batch = Primitives(
             image=quantize(image),
             prompts=_prompts(scene, verb),
             action=grid(actions.gather(1, verb[:, None, None].expand(-1, 1, 7))[:, 0]),
@@ -105,6 +172,7 @@ class PrimitiveSampler:
             named=self._named(scene, verb),
             pixel=self._project(state, scene),
         )
+        return batch, scene, state
 
     def _named(self, scene: Scene, verb: Tensor) -> Tensor:
         named = torch.tensor(_NAMED, device=self.device)[verb]
