@@ -1,8 +1,8 @@
 """Pretraining data of the tiny VLA: random tabletop states, a primitive prompt, the right action.
 
 The states are drawn independently of each other, so there are no trajectories, no rewards and no
-demonstration of the suite's task: the prompts ask to reach, pick or touch named things. One batch
-in four adds a hint, true of the state, of the kinds that text-guided teachers are given: so that
+demonstration of the suite's task: the prompts ask to reach, pick or touch named things. Three
+batches in 13 add a hint, true of the state, of the kinds that text-guided teachers are given: so that
 hints can be read at all. In part of it the frame shows nothing, and the hint is all there is.
 """
 
@@ -39,13 +39,15 @@ _APPROACH = 0.10
 _HOVER = 0.09
 _LIMITS = (MAX_TRANSLATION,) * 3 + (MAX_ROTATION,) * 3
 _GAIN = 0.7
-_HINTED = 4  # one batch in so many
 _BLANK = 0.3  # share of a hinted batch whose frames show nothing
 _HINT_NOISE = 0.15  # of a hinted action, in fractions of its limits
 
 _GRAY = 128
 
 HINTS = ("relspatial", "plan", "action")
+# Of every 13 batches these have hints. 13 shares no factor with the distributions' cycle of 16.
+_HINTED = dict(zip((4, 8, 12), HINTS, strict=True))
+_CYCLE = 13
 
 # Which things may stand beside the named ones; any colour and shape is allowed.
 _DISTRIBUTIONS = tuple(
@@ -100,11 +102,10 @@ class PrimitiveSampler:
         self._overlays = overlays(_OVERLAY_SEED).to(device)
 
     def sample(self, index: int) -> Primitives:
-        """Draw one batch; of every four the last has hints, of one kind after the other."""
+        """Draw one batch; of every 13 one has hints of each kind."""
         batch, scene, state = self._plain(index)
-        if index % _HINTED != _HINTED - 1:
-            return batch
-        return self._hinted(batch, scene, state, HINTS[index // _HINTED % len(HINTS)], index)
+        kind = _HINTED.get(index % _CYCLE)
+        return batch if kind is None else self._hinted(batch, scene, state, kind, index)
 
     def hinted(self, index: int, kind: str) -> tuple[Primitives, Primitives]:
         """Draw one batch without hints, and the same with them; nothing is blanked.
