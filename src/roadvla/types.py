@@ -66,6 +66,8 @@ class Rollout:
         logits: Behaviour policy's raw logits, kept for rollout-time teachers only.
         outcome: Info of each episode at its last active step, e.g. ``"success"``, each [B].
         last_observation: What followed the last action, kept only when values bootstrap from it.
+        hinted_prompt: Prompts with hints, for text-guided teachers only.
+        hinted: Where those hold a hint.
     """
 
     observation: Observation
@@ -80,6 +82,8 @@ class Rollout:
     outcome: dict[str, Tensor]
     logits: Float[Tensor, "T B K V"] | None = None
     last_observation: Observation | None = None
+    hinted_prompt: Int[Tensor, "T B L2"] | None = None
+    hinted: Bool[Tensor, "T B"] | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,8 @@ class Batch:
         advantage: The advantage that the PPO surrogate uses, standardized over the rollout.
         weight: ω of the advantage-guided teacher (Eq. 9), in [-c, c].
         logits: Behaviour policy's raw logits, for rollout-time teachers only.
+        hinted_prompt: Prompts with hints, for text-guided teachers only.
+        hinted: Where those hold a hint.
     """
 
     observation: Observation
@@ -100,3 +106,5 @@ class Batch:
     returns: Float[Tensor, " N"]
     weight: Float[Tensor, " N"]
     logits: Float[Tensor, "N K V"] | None = None
+    hinted_prompt: Int[Tensor, "N L2"] | None = None
+    hinted: Bool[Tensor, " N"] | None = None

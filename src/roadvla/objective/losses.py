@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional
 
@@ -165,6 +165,7 @@ def self_distillation_loss(
     student_logits: Float[Tensor, "*N K V"],
     *,
     kind: Divergence = "jsd",
+    mask: Bool[Tensor, "*N"] | None = None,
 ) -> Float[Tensor, ""]:
     """Distillation of a privileged teacher along the student's own rollout (Eq. 4-5).
 
@@ -175,11 +176,17 @@ def self_distillation_loss(
             the student's own action prefix; treated as a constant.
         student_logits: Logits of p^S for the same states and prefixes.
         kind: Divergence; Eq. 5 has the JSD.
+        mask: Steps where there is privileged information; all unless given.
 
     Returns:
-        The mean over steps and tokens, in nats; gradient flows to ``student_logits`` alone.
+        The mean over those steps and all tokens, in nats, 0 if there are none; gradient flows to
+        ``student_logits`` alone.
 
     Raises:
         ValueError: If the shapes differ or ``kind`` is unknown.
     """
-    return divergence(teacher_logits, student_logits, kind=kind).mean()
+    divergences = divergence(teacher_logits, student_logits, kind=kind)
+    if mask is None:
+        return divergences.mean()
+    counted = mask.to(divergences.dtype)
+    return (divergences.mean(-1) * counted).sum() / counted.sum().clamp(min=1)

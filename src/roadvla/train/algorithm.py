@@ -18,6 +18,7 @@ Reduction = Literal["mean", "sum"]
 SurrogateAdvantage = Literal["int", "mix"]
 Ratio = Literal["action", "token"]
 GrpoForm = Literal["group", "batch"]
+Hints = Literal["none", "relspatial", "plan", "mcts"]
 Control = Literal["none", "shuffled", "uniform", "time_centred"]
 
 
@@ -35,6 +36,9 @@ class Algorithm:
         token_weighting: Weight of each token's divergence: 1, or 1/max(p_old, delta).
         delta: Floor δ of the probability in ``inverse_prob``, in (0, 1].
         alpha: Mixing weight α of the reference critic in [0, 1] (Eq. 8).
+        hints: What a text-guided teacher is told, which takes the advantage-guided one's place
+            (Sec. 4.2.1): where things are, a plan and where things are, or what succeeded before
+            in a similar state.
         eta: Perturbation strength η (Eq. 10).
         clip: Bound c on |ω| in standard deviations (Eq. 9).
         divergence: Between teacher and student.
@@ -72,6 +76,7 @@ class Algorithm:
     teacher: Teacher = "exponential"
     token_weighting: TokenWeighting = "none"
     delta: float = 0.03
+    hints: Hints = "none"
     alpha: float = 0.5
     eta: float = 1.0
     clip: float = 2.0
@@ -113,6 +118,7 @@ class Algorithm:
             check_range(self, name, least=1.0)
         if self.kl_stop is not None:
             check_range(self, "kl_stop", above=0.0)
+        self._check_hints()
         self._check_teacher()
         self._check_combine()
         self._check_reference()
@@ -120,12 +126,36 @@ class Algorithm:
     @property
     def mixes(self) -> bool:
         """Whether the reference critic's advantage enters the update."""
-        return self.alpha > 0 and (self.algo == "road" or self.surrogate_advantage == "mix")
+        weighs = self.algo == "road" and self.hints == "none"
+        return self.alpha > 0 and (weighs or self.surrogate_advantage == "mix")
 
     @property
     def critic_only_iterations(self) -> int:
         """Value-only iterations of an algorithm that has a critic."""
         return self.value_only_iterations if self.algo in ("ppo", "road") else 0
+
+    def _check_hints(self) -> None:
+        if self.hints == "none":
+            return
+        if self.algo != "road":
+            raise UserError(
+                f"hints {self.hints!r} are for ROAD's teacher, algo {self.algo!r} has none: set "
+                f"algo to 'road' or hints to 'none'"
+            )
+        plain = {
+            "teacher": "exponential",
+            "teacher_logits": "live",
+            "token_weighting": "none",
+            "distill_reduction": "mean",
+            "control": "none",
+            "positive_only": False,
+        }
+        for name, value in plain.items():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"{name} {getattr(self, name)!r} would not be used, hints {self.hints!r} leave "
+                    f"no weight ω: set {name} to {value!r} or hints to 'none'"
+                )
 
     def _check_teacher(self) -> None:
         if self.teacher == "odd" and self.teacher_logits == "rollout":

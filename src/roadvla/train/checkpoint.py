@@ -2,8 +2,9 @@
 
 A checkpoint is a folder ``iteration_NNNNNN`` with the policy (``policy.json`` and its weights, of
 an OpenVLA adapter and value head alone), ``optimizer.safetensors`` (AdamW's moments by parameter
-name, and the state of the random generator) and ``state.json`` (counters, the configuration's
-fingerprint, checksums). ``latest.json`` beside the folders names the last complete one.
+name, the state of the random generator, and what else the run has learned) and ``state.json``
+(counters, the configuration's fingerprint, checksums). ``latest.json`` beside the folders names
+the last complete one.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
@@ -27,7 +28,13 @@ from roadvla.policy.base import Policy
 
 FORMAT = 1
 _GENERATOR = "generator"
+_MEMORY = "memory:"
 _ELSEWHERE = "take another checkpoint or start a new run"
+
+
+@runtime_checkable
+class _Learner(Protocol):
+    def restore(self, tensors: Mapping[str, Tensor]) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,7 @@ def save_checkpoint(
     save_policy: Callable[..., None],
     keep_all: bool = False,
     kept: Collection[int] = (),
+    memory: Mapping[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint, then point ``latest.json`` at it, then drop the earlier ones.
 
@@ -71,6 +79,7 @@ def save_checkpoint(
         save_policy: Writes a policy into a folder.
         keep_all: Keep the earlier checkpoints.
         kept: Iterations whose checkpoints are kept in any case.
+        memory: What else the run has learned, e.g. a tree of successes.
 
     Raises:
         UserError: If the disk is full or the folder cannot be written.
@@ -81,7 +90,8 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         save_policy(policy, temporary)
-        data = save(_optimizer_tensors(policy, optimizer, generator))
+        remembered = {f"{_MEMORY}{name}": t.cpu() for name, t in (memory or {}).items()}
+        data = save({**_optimizer_tensors(policy, optimizer, generator), **remembered})
         _write(temporary / "optimizer.safetensors", data)
         state = {"format": FORMAT, **asdict(progress), "sha256": hashlib.sha256(data).hexdigest()}
         _write(temporary / "state.json", _json(state))
@@ -172,7 +182,7 @@ def read_progress(folder: Path) -> Progress:
 
 def restore_optimizer(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator
-) -> None:
+) -> dict[str, Tensor]:
     """Put the optimiser's moments and the generator back, bit for bit.
 
     Args:
@@ -180,6 +190,9 @@ def restore_optimizer(
         policy: Already loaded from the same checkpoint.
         optimizer: Freshly made for it.
         generator: Overwritten.
+
+    Returns:
+        What else the run had learned, as ``save_checkpoint`` was given it.
 
     Raises:
         UserError: If the file is missing, damaged, or does not fit the policy.
@@ -195,6 +208,8 @@ def restore_optimizer(
     if _GENERATOR not in tensors:
         raise UserError(f"{path} does not hold the random generator's state; {_ELSEWHERE}")
     generator.set_state(tensors.pop(_GENERATOR))
+    remembered = [name for name in tensors if name.startswith(_MEMORY)]
+    memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in remembered}
     shapes = {name: parameter.shape for name, parameter in _named(policy, optimizer).items()}
     states: dict[str, dict[str, Tensor]] = {name: {} for name in shapes}
     for key, tensor in tensors.items():
@@ -208,6 +223,25 @@ def restore_optimizer(
             "param_groups": optimizer.state_dict()["param_groups"],
         }
     )
+    return memory
+
+
+def restore_memory(folder: Path, learner: _Learner | None, memory: Mapping[str, Tensor]) -> None:
+    """Give back what ``restore_optimizer`` found beside the optimiser.
+
+    Args:
+        folder: The checkpoint, for messages.
+        learner: Who had learned it; ``None`` if nobody does.
+        memory: What it had learned.
+
+    Raises:
+        UserError: If it does not fit.
+    """
+    try:
+        if learner is not None:
+            learner.restore(memory)
+    except ValueError as error:
+        raise UserError(f"{folder} holds a damaged memory ({error}); {_ELSEWHERE}") from error
 
 
 def _optimizer_tensors(

@@ -74,6 +74,10 @@ def guide(
         returns=guidance.returns,
         weight=guidance.weight,
         logits=None if rollout.logits is None else _take(rollout.logits, where),
+        hinted_prompt=None
+        if rollout.hinted_prompt is None
+        else _take(rollout.hinted_prompt, where),
+        hinted=None if rollout.hinted is None else _take(rollout.hinted, where),
     )
     metrics = _guidance_metrics(rollout, guidance, batch, has_critic=algorithm.algo != "grpo")
     return batch, {**rollout_metrics(rollout), **metrics}
@@ -218,6 +222,8 @@ def _guidance_metrics(
     if has_critic:
         metrics["critic/explained_variance"] = explained_variance(batch.old_value, batch.returns)
         metrics["critic/value_mean"] = batch.old_value.mean()
+    if batch.hinted is not None:
+        metrics["guidance/hinted"] = batch.hinted.float().mean()
     if guidance.agree is not None:
         metrics["guidance/agreement"] = guidance.agree.float().mean()
     return metrics

@@ -2,8 +2,8 @@
 
 The states are drawn independently of each other, so there are no trajectories, no rewards and no
 demonstration of the suite's task: the prompts ask to reach, pick or touch named things. Three
-batches in 13 add a hint, true of the state, of the kinds that text-guided teachers are given: so that
-hints can be read at all. In part of it the frame shows nothing, and the hint is all there is.
+batches in 13 add a hint, true of the state, of the kinds that text-guided teachers are given, so
+that hints can be read at all. In part of them the frame shows nothing: the hint is all there is.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _GRAY = 128
 
 HINTS = ("relspatial", "plan", "action")
 # Of every 13 batches these have hints. 13 shares no factor with the distributions' cycle of 16.
-_HINTED = dict(zip((4, 8, 12), HINTS, strict=True))
+_HINTED: dict[int, str] = dict(zip((4, 8, 12), HINTS, strict=True))
 _CYCLE = 13
 
 # Which things may stand beside the named ones; any colour and shape is allowed.

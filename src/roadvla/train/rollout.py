@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -38,6 +40,7 @@ def collect(
     generator: torch.Generator | None = None,
     keep_logits: bool = False,
     bootstrap: bool = False,
+    observe: Callable[[], None] | None = None,
 ) -> Rollout:
     """Act out B episodes; nothing is read from the device on the way.
 
@@ -49,6 +52,7 @@ def collect(
         generator: Source of the action sampling.
         keep_logits: Whether to keep the behaviour policy's logits, for rollout-time teachers.
         bootstrap: Whether to keep the observation after the last step and its value.
+        observe: Called before every action, for those who watch the environment.
     """
     image = env.reset(episode_ids)
     prompt = policy.tokenize(env.instructions)
@@ -56,6 +60,8 @@ def collect(
     active = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
     info: dict[str, Tensor] = {}
     for t in range(env.horizon):
+        if observe is not None:
+            observe()
         output = policy.act(
             Observation(image=image, prompt=prompt),
             temperature=temperature,

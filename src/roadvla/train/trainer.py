@@ -22,12 +22,14 @@ from roadvla.train.checkpoint import (
     latest_checkpoint,
     policy_folder,
     read_progress,
+    restore_memory,
     restore_optimizer,
     save_checkpoint,
 )
 from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
 from roadvla.train.guidance import guide
+from roadvla.train.hinting import Hinter, make_hinter
 from roadvla.train.interrupt import Interrupted, catch_interrupts
 from roadvla.train.memory import acting_sizes, loading_sizes, update_sizes, within_memory
 from roadvla.train.metrics import MetricsWriter, Stopwatch, peak_memory, to_floats
@@ -166,6 +168,10 @@ class Trainer:
         )
         self.iterations = experiment.iterations(self._env.horizon)
         _check_minibatch(experiment, self._env.horizon)
+        self._hinter: Hinter | None = None
+        if experiment.algorithm.hints != "none":
+            gamma = experiment.algorithm.gamma
+            self._hinter = make_hinter(experiment.algorithm.hints, self._env, gamma=gamma)
         self._demonstrations: Demonstrations | None = None
         if experiment.demonstrations is not None:
             self._demonstrations = load_demonstrations(Path(experiment.demonstrations))
@@ -182,7 +188,8 @@ class Trainer:
                     f"{checkpoint} belongs to another configuration than {experiment.output}: "
                     f"start a new run with --init {checkpoint}"
                 )
-            restore_optimizer(checkpoint, self.policy, self.optimizer, self.generator)
+            memory = restore_optimizer(checkpoint, self.policy, self.optimizer, self.generator)
+            restore_memory(checkpoint, self._hinter, memory)
 
     def iterate(self) -> dict[str, float]:
         """Do one iteration: collect, judge, update and, when it is time, evaluate.
@@ -287,6 +294,7 @@ class Trainer:
             save_policy=self._parts.save_policy,
             keep_all=self.experiment.keep_checkpoints == "all",
             kept=self.experiment.kept_iterations,
+            memory={} if self._hinter is None else self._hinter.tensors(),
         )
 
     def _gather(self, watch: Stopwatch) -> tuple[Batch, dict[str, Tensor]]:
@@ -309,7 +317,10 @@ class Trainer:
                 generator=self.generator,
                 keep_logits=algorithm.teacher_logits == "rollout",
                 bootstrap=algorithm.bootstrap_truncated,
+                observe=None if self._hinter is None else self._hinter.observe,
             )
+            if self._hinter is not None:
+                rollout = self._hinter.hinted(rollout, self.policy)
         self.progress = dataclasses.replace(
             self.progress, episodes=self.progress.episodes + count // repeats
         )

@@ -17,6 +17,7 @@ from roadvla.objective import (
     entropy,
     inverse_prob_weight,
     ppo_loss,
+    self_distillation_loss,
     sft_loss,
     token_log_probs,
     value_loss,
@@ -141,7 +142,8 @@ def losses(
         total = parts["loss/policy"] = sft_loss(logits, batch.action_tokens)
         parts["policy/accuracy"] = (logits.argmax(-1) == batch.action_tokens).float().mean()
     elif not value_only:
-        total = _policy_loss(logits, log_probs, batch, algorithm, parts)
+        told = _told_logits(policy, batch, temperature)
+        total = _policy_loss(logits, log_probs, batch, algorithm, parts, told)
     if algorithm.algo in ("ppo", "road"):
         parts["loss/value"] = value_loss(
             value,
@@ -177,6 +179,8 @@ def select(batch: Batch, index: Int[Tensor, " n"]) -> Batch:
         returns=batch.returns[index],
         weight=batch.weight[index],
         logits=None if batch.logits is None else batch.logits[index],
+        hinted_prompt=None if batch.hinted_prompt is None else batch.hinted_prompt[index],
+        hinted=None if batch.hinted is None else batch.hinted[index],
     )
 
 
@@ -218,8 +222,22 @@ def _pass_over(
     return totals.means()
 
 
+@torch.no_grad()
+def _told_logits(policy: Policy, batch: Batch, temperature: float) -> Tensor | None:
+    """Ask the same policy again with the hints in its prompt, on the student's own prefixes."""
+    if batch.hinted_prompt is None:
+        return None
+    observation = replace(batch.observation, prompt=batch.hinted_prompt)
+    return policy.evaluate(observation, batch.action_tokens)[0] / temperature
+
+
 def _policy_loss(
-    logits: Tensor, log_probs: Tensor, batch: Batch, algorithm: Algorithm, parts: dict[str, Tensor]
+    logits: Tensor,
+    log_probs: Tensor,
+    batch: Batch,
+    algorithm: Algorithm,
+    parts: dict[str, Tensor],
+    told: Tensor | None,
 ) -> Tensor:
     """Surrogate, AGD or both, less the entropy bonus; notes each in ``parts``."""
     total = logits.new_zeros(())
@@ -232,7 +250,12 @@ def _policy_loss(
             ratio=algorithm.ratio,
         )
         total = parts["loss/policy"]
-    if algorithm.algo == "road":
+    if told is not None:
+        parts["loss/self_distillation"] = self_distillation_loss(
+            told, logits, kind=algorithm.divergence, mask=batch.hinted
+        )
+        total = total + algorithm.distill_coef * parts["loss/self_distillation"]
+    elif algorithm.algo == "road":
         parts["loss/agd"] = _agd(logits, log_probs, batch, algorithm)
         total = total + algorithm.distill_coef * parts["loss/agd"]
     parts["policy/entropy"] = entropy(logits).mean()
