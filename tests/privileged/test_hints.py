@@ -26,6 +26,7 @@ def snapshot(thing, place, *, tip=(0.0, 0.0, 0.2), held=-1, is_open=True) -> Sna
         receptacles=torch.tensor([[place]]),
         held=torch.tensor([held]),
         is_open=torch.tensor([is_open]),
+        usual_place=torch.zeros(2),
     )
 
 

@@ -29,6 +29,7 @@ def test_features_are_seen_from_the_tip():
         receptacles=torch.tensor([[[0.0, 0.0, 0.0]]]).expand(2, 1, 3),
         held=torch.tensor([0, 1]),  # of another object: not the one that counts
         is_open=torch.tensor([False, True]),
+        usual_place=torch.zeros(2),
     )
     moved = Snapshot(**{f.name: getattr(snapshot, f.name) for f in fields(Snapshot)})
     moved.tip[:] += 0.0

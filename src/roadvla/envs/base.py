@@ -44,6 +44,7 @@ class Snapshot:
         receptacles: Centres of where it can go.
         held: Slot of the object in the gripper, -1 for none.
         is_open: Whether the gripper is open.
+        usual_place: Where receptacles stand on average in training.
     """
 
     tip: Float[Tensor, "B 3"]
@@ -51,6 +52,7 @@ class Snapshot:
     receptacles: Float[Tensor, "B R 3"]
     held: Int[Tensor, " B"]
     is_open: Bool[Tensor, " B"]
+    usual_place: Float[Tensor, " 2"]
 
 
 @runtime_checkable

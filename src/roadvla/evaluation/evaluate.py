@@ -19,8 +19,9 @@ from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
 
 from roadvla import envs
-from roadvla.envs.base import VectorEnv
+from roadvla.envs.base import Privileged, VectorEnv
 from roadvla.errors import UserError
+from roadvla.evaluation.failures import EVENTS, EventLog, as_lists
 from roadvla.evaluation.machine import describe_machine
 from roadvla.evaluation.stats import wilson
 from roadvla.policy.base import Policy
@@ -67,6 +68,9 @@ class Evaluation:
         iteration: Training iteration of the policy; the caller fills it in.
         env_steps: Environment steps the policy was trained for; the caller fills it in.
         simulator: How it simulated, where there is a choice: ``stand_ins`` and the like.
+        modes: How each episode ended, as indices into ``failures.MODES``; empty where the
+            environment does not say where things are.
+        events: What happened on the way, by the names of ``failures.EVENTS``; likewise.
         film: Frames of the first episodes, when they were asked for.
     """
 
@@ -88,6 +92,8 @@ class Evaluation:
     iteration: int | None = None
     env_steps: int | None = None
     simulator: dict[str, Any] = field(default_factory=dict)
+    modes: tuple[int, ...] = ()
+    events: dict[str, tuple[int, ...]] = field(default_factory=dict)
     film: Film | None = None
 
     @property
@@ -165,10 +171,9 @@ def evaluate(
     begun = time.perf_counter()
     world = make_env(env, split=split, num_envs=num_envs, sim=sim, device=device)
     try:
-        outcomes, film = _run_all(policy, world, episodes, temperature, seed, record, on_progress)
+        found, film = _run_all(policy, world, episodes, temperature, seed, record, on_progress)
     finally:
         envs.close(world)
-    success, success_once, grasped = zip(*outcomes, strict=True)
     return Evaluation(
         env=env,
         split=split,
@@ -177,14 +182,16 @@ def evaluate(
         horizon=world.horizon,
         seed=seed,
         episode_ids=tuple(range(episodes)),
-        success=success,
-        success_once=success_once,
-        grasped=grasped,
+        success=tuple(map(bool, found["success"])),
+        success_once=tuple(map(bool, found["success_once"])),
+        grasped=tuple(map(bool, found["grasped"])),
         seconds=time.perf_counter() - begun,
         machine=describe_machine(device),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         torch=str(torch.__version__),
         simulator=dict(getattr(world, "facts", {})),
+        modes=tuple(found.get("mode", ())),
+        events={name: tuple(found[name]) for name in EVENTS if name in found},
         film=film,
     )
 
@@ -197,21 +204,22 @@ def _run_all(
     seed: int,
     record: int,
     on_progress: Callable[[int, int], None] | None,
-) -> tuple[list[tuple[bool, ...]], Film | None]:
-    """Run batch after batch; each row of outcomes is success, success_once, grasped."""
-    outcomes: list[tuple[bool, ...]] = []
+) -> tuple[dict[str, list[int]], Film | None]:
+    """Run batch after batch; outcomes, mode and events of every episode by name."""
+    found: dict[str, list[int]] = {}
     films: list[Film] = []
     for batch, start in enumerate(range(0, episodes, world.num_envs)):
         ids = torch.arange(start, start + world.num_envs, device=world.device)
         filmed = max(0, min(world.num_envs, record - start))
         generator = _generator(seed, batch, world.device)
-        batch_outcomes, film = _run_batch(policy, world, ids, temperature, generator, filmed)
-        outcomes += batch_outcomes[: episodes - start]
+        batch_found, film = _run_batch(policy, world, ids, temperature, generator, filmed)
+        for name, values in batch_found.items():
+            found.setdefault(name, []).extend(values[: episodes - start])
         if film is not None:
             films.append(film)
         if on_progress is not None:
-            on_progress(len(outcomes), sum(success for success, *_ in outcomes))
-    return outcomes, _join(films)
+            on_progress(len(found["success"]), sum(found["success"]))
+    return found, _join(films)
 
 
 def _run_batch(
@@ -221,32 +229,38 @@ def _run_batch(
     temperature: float,
     generator: torch.Generator,
     filmed: int,
-) -> tuple[list[tuple[bool, ...]], Film | None]:
+) -> tuple[dict[str, list[int]], Film | None]:
     """Run one batch of episodes to the horizon; nothing is read from the device on the way."""
     image = world.reset(episode_ids)
     prompt = policy.tokenize(world.instructions)
     instructions = tuple(world.instructions[:filmed])
     frames = [image[:filmed].clone()]
     info: dict[str, Tensor] = {}
+    log = EventLog(world.snapshot()) if isinstance(world, Privileged) else None
     for _ in range(world.horizon):
         output = policy.act(
             Observation(image=image, prompt=prompt), temperature=temperature, generator=generator
         )
         step = world.step(policy.decode(output.action_tokens))
         image, info = step.image, step.info
+        if log is not None and isinstance(world, Privileged):
+            log.note(world.snapshot(), info["success"])
         if filmed:
             frames.append(image[:filmed].clone())
-    table = torch.stack([info[name] for name in _OUTCOMES], dim=1).cpu()
-    outcomes = [tuple(row) for row in table.tolist()]
+    columns = {name: info[name] for name in _OUTCOMES}
+    if log is not None:
+        columns["mode"], events = log.outcome(info["success"], info["success_once"])
+        columns |= events
+    found = as_lists(columns)
     if not filmed:
-        return outcomes, None
+        return found, None
     film = Film(
         frames=torch.stack(frames, dim=1).cpu(),
-        success=table[:filmed, 0],
+        success=info["success"][:filmed].cpu(),
         instructions=instructions,
         episode_ids=tuple(episode_ids[:filmed].tolist()),
     )
-    return outcomes, film
+    return found, film
 
 
 def _generator(seed: int, batch: int, device: torch.device) -> torch.Generator:

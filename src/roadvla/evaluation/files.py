@@ -15,6 +15,7 @@ import torch
 
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, Film
+from roadvla.evaluation.failures import EVENTS, check_modes
 
 _AGAIN = "run `roadvla eval` again to replace it"
 _DERIVED = ("success_rate", "success_low", "success_high", "success_once_rate", "grasp_rate")
@@ -37,8 +38,10 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "date": str,
     "torch": str,
     "simulator": dict,
+    "modes": list,
+    "events": dict,
 }
-_LATER: dict[str, Any] = {"simulator": {}}
+_LATER: dict[str, Any] = {"simulator": {}, "modes": [], "events": {}}
 """Fields that files of earlier versions lack, and what they mean there."""
 
 
@@ -100,7 +103,8 @@ def read_evaluation(path: Path) -> Evaluation:
             raise UserError(f"{path}: field {name!r} is {found}; {_AGAIN}")
     if data["split"] not in SPLITS:
         raise UserError(f"{path}: split is {data['split']!r}, not 'train' or 'test'; {_AGAIN}")
-    evaluation = _from_json(data, _read_outcomes(path, data))
+    outcomes = _read_outcomes(path, data)
+    evaluation = _from_json(data, {**outcomes, **_read_events(path, data, outcomes)})
     for name in _DERIVED:
         if not math.isclose(data[name], getattr(evaluation, name), abs_tol=1e-9):
             raise UserError(f"{path}: {name} is {data[name]}, its episodes say otherwise; {_AGAIN}")
@@ -182,7 +186,7 @@ def _to_json(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _from_json(data: dict[str, Any], per_episode: dict[str, Any]) -> Evaluation:
-    skipped = {*_DERIVED, "per_episode", "episodes", "temperature", "seconds"}
+    skipped = {*_DERIVED, "per_episode", "episodes", "temperature", "seconds", "modes", "events"}
     plain = {name: data[name] for name in _FIELDS if name not in skipped}
     return Evaluation(
         **plain,
@@ -213,6 +217,23 @@ def _read_outcomes(path: Path, data: dict[str, Any]) -> dict[str, Any]:
     if any(last and not once for last, once in ends):
         raise UserError(f"{path}: an episode succeeded at its end but never; {_AGAIN}")
     return lists
+
+
+def _read_events(path: Path, data: dict[str, Any], outcomes: dict[str, Any]) -> dict[str, Any]:
+    """Check modes and events, where there are any, against the outcomes."""
+    columns = {"modes": data["modes"], **data["events"]}
+    if not data["modes"] and not data["events"]:
+        return {"modes": (), "events": {}}
+    for name, values in columns.items():
+        if not isinstance(values, list) or len(values) != data["episodes"]:
+            raise UserError(f"{path}: {name} does not list {data['episodes']} episodes; {_AGAIN}")
+        if not all(type(value) is int and value >= 0 for value in values):
+            raise UserError(f"{path}: {name} holds something other than whole numbers; {_AGAIN}")
+    wrong = check_modes(data["modes"], outcomes["success"], outcomes["success_once"])
+    if wrong or set(data["events"]) != set(EVENTS):
+        raise UserError(f"{path}: {wrong or 'its events are not those known'}; {_AGAIN}")
+    events = {name: tuple(values) for name, values in data["events"].items()}
+    return {"modes": tuple(data["modes"]), "events": events}
 
 
 def _save_film(file: BinaryIO, film: Film) -> None:

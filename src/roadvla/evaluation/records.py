@@ -19,6 +19,7 @@ from jaxtyping import Bool
 
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation
+from roadvla.evaluation.failures import MODES
 from roadvla.evaluation.sealed import AGAIN, read_sealed, write_sealed
 
 _BITS = ("success", "success_once", "grasped")
@@ -162,6 +163,8 @@ def outcomes_of(evaluation: Evaluation, env: str | None = None) -> Outcomes:
         success=np.array(evaluation.success, dtype=bool),
         success_once=np.array(evaluation.success_once, dtype=bool),
         grasped=np.array(evaluation.grasped, dtype=bool),
+        modes=evaluation.modes,
+        mode_names=MODES if evaluation.modes else (),
         temperature=evaluation.temperature,
         seed=evaluation.seed,
         horizon=evaluation.horizon,

@@ -147,6 +147,7 @@ class PrimitiveSampler:
             receptacles=torch.nn.functional.pad(scene.receptacle_xy, (0, 1)),
             held=state.held,
             is_open=state.is_open,
+            usual_place=torch.zeros(2, device=self.device),
         )
         write = plan_hints if kind == "plan" else relspatial_hints
         return write(snapshot, scene.instructions())

@@ -20,6 +20,7 @@ from roadvla.envs.maniskill.judge import potential
 from roadvla.envs.maniskill.objects import OBJECTS, RECEPTACLES, read_boxes
 from roadvla.envs.maniskill.options import ManiSkillSettings
 from roadvla.envs.maniskill.outputs import FLAGS, Outputs, Recipe
+from roadvla.envs.maniskill.positions import CENTRE
 from roadvla.envs.maniskill.settings import HORIZON, variant
 from roadvla.envs.maniskill.shifts import DistractorObject, DistractorReceptacle
 from roadvla.envs.maniskill.state import State, unpack_state
@@ -176,6 +177,7 @@ class ManiSkillEnv:
             receptacles=torch.stack([goal, other] if more_receptacles else [goal], dim=1),
             held=torch.where(holding, 0, -1),
             is_open=~holding & (state.fingers > _HALF_OPEN),
+            usual_place=torch.tensor(CENTRE, device=self.device),
         )
 
     @property

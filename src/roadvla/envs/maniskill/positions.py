@@ -10,7 +10,8 @@ from torch import Tensor
 
 from roadvla.envs.maniskill.settings import Layout
 
-_CENTRE = (-0.16, 0.00)
+CENTRE = (-0.16, 0.00)
+"""Of the grid, and so of where bodies stand on average."""
 _HALF_WIDTH = 0.075
 _GRID = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 _WIDER = (-0.2, *_GRID, 1.2)
@@ -25,7 +26,7 @@ def _cells(steps: tuple[float, ...]) -> Float[Tensor, "N 2"]:
     To keep these 20, coordinates and distances round step by step as in RL4VLA: in float64, with
     these operations in this order, and no fused or compensated ones (hypot gives other triples).
     """
-    x, y = ([(2 * step - 1) * _HALF_WIDTH + centre for step in steps] for centre in _CENTRE)
+    x, y = ([(2 * step - 1) * _HALF_WIDTH + centre for step in steps] for centre in CENTRE)
     return torch.cartesian_prod(
         torch.tensor(x, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
     )
@@ -56,7 +57,7 @@ def _triples(
 def _ring() -> Float[Tensor, "N 2"]:
     """The 28 cells around the grid."""
     cells = _cells(_WIDER)
-    outer = cells - torch.tensor(_CENTRE, dtype=torch.float64)
+    outer = cells - torch.tensor(CENTRE, dtype=torch.float64)
     return cells[(outer.abs() > _HALF_WIDTH + 0.01).any(-1)]
 
 

@@ -87,6 +87,7 @@ class TabletopEnv:
             receptacles=torch.nn.functional.pad(self.scene.receptacle_xy, (0, 1)),
             held=state.held,
             is_open=state.is_open,
+            usual_place=torch.zeros(2, device=self.device),
         )
 
     @property
