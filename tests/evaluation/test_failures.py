@@ -66,10 +66,10 @@ class Puppet:
             self.act(torch.zeros(self.env.num_envs, 6), gripper)
         return self
 
-    def grasp(self, slot=0):
+    def grasp(self, slot=0, steps=99):
         self.slot = slot
         thing = self.env.state.object_position[:, slot]
-        self.to(thing, OPEN)
+        self.to(thing, OPEN, steps=steps)
         return self.rest(CLOSED, 1)
 
     def end(self, gripper=OPEN):
@@ -150,7 +150,7 @@ def test_drop_and_held_are_on_the_way():
 
 def test_what_was_held_before_the_object_moved_does_not_count():
     puppet = Puppet("ER-Repositioning", "test", ids=tuple(range(64)))
-    modes, events = puppet.grasp().end(CLOSED)
+    modes, events = puppet.grasp(steps=3).end(CLOSED)
     before = [0 < step <= 5 for step in events["grasp"]]
     assert any(before)
     # The gripper stays closed, so nothing is held again: it is as if nothing ever had been.
