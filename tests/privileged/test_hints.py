@@ -30,14 +30,13 @@ def snapshot(thing, place, *, tip=(0.0, 0.0, 0.2), held=-1, is_open=True) -> Sna
     )
 
 
-# The paper's own example: the carrot to the right, ahead and below; the plate ahead, left, below.
-# Ahead is -x and right is +y: the carrot at (-0.05, 0.10, 0.16) from a tip at (0, 0, 0.2) is
-# displaced by 10 cm right, 5 ahead, 4 down; the plate by 12 ahead, 8 left, 5 down; from carrot to
-# plate it is 7 cm ahead and 18 cm left.
-PAPER = ((-0.05, 0.10, 0.16), (-0.12, -0.08, 0.15))
+# The paper's own example. Ahead is -x and right is +y, and the tip is at (0, 0, 0.2): the carrot is
+# 5 cm right, 3 ahead and 2 below, the plate 20 ahead, 6 left and 3 below; so from carrot to plate
+# it is 17 cm ahead and 11 left. The largest comes first, which fits all the paper's sentences.
+PAPER = ((-0.03, 0.05, 0.18), (-0.20, -0.06, 0.17))
 STATE = (
     "carrot is right, ahead, below gripper, not grasped. plate is ahead, left, below gripper. "
-    "carrot to plate: move left and ahead. gripper open."
+    "carrot to plate: move ahead and left. gripper open."
 )
 
 

@@ -1,7 +1,7 @@
 """RelSpatial: where object, receptacle and gripper are from each other, in words (Sec. 4.2.1).
 
 Directions are those of the robot, which both simulators make look along −x: ahead is −x, right is
-+y, above is +z. A displacement names its axes by size, the largest first.
++y, above is +z. A displacement names its axes by size, the largest first (reading R44).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from roadvla.envs.base import Snapshot
@@ -18,7 +18,7 @@ from roadvla.privileged.hints import names
 ALIGNED = 0.015
 """Displacement along an axis that is not worth a word, metres."""
 
-_WORDS = (("ahead", "behind"), ("left", "right"), ("below", "above"))  # of −, + on each axis
+_WORDS = ("ahead", "behind", "left", "right", "below", "above")  # − and + of each axis
 
 
 def relspatial_hints(snapshot: Snapshot, instructions: Sequence[str]) -> list[str]:
@@ -30,14 +30,13 @@ def relspatial_hints(snapshot: Snapshot, instructions: Sequence[str]) -> list[st
     """
     tip, thing, place = snapshot.tip, snapshot.objects[:, 0], snapshot.receptacles[:, 0]
     way = (place - thing) * thing.new_tensor([1.0, 1.0, 0.0])
-    # One transfer for all: [B, 3 displacements, 3 axes], signs and the order of their sizes.
-    displacements = torch.stack([thing - tip, place - tip, way], dim=1)
-    directions = _directions(displacements)
-    flags = torch.stack([snapshot.held == 0, snapshot.is_open], dim=1).tolist()
+    codes = _codes(torch.stack([thing - tip, place - tip, way], dim=1)).flatten(1)
+    flags = torch.stack([snapshot.held == 0, snapshot.is_open], dim=1)
+    table = torch.cat([codes, flags], dim=1).tolist()  # the one transfer
     hints = []
-    for instruction, words, (grasped, is_open) in zip(instructions, directions, flags, strict=True):
+    for instruction, (*words, grasped, is_open) in zip(instructions, table, strict=True):
         thing_name, place_name = names(instruction)
-        to_thing, to_place, move = words
+        to_thing, to_place, move = (_spell(words[start : start + 3]) for start in (0, 3, 6))
         hints.append(
             f"{thing_name} is {_where(to_thing)} gripper, {'' if grasped else 'not '}grasped. "
             f"{place_name} is {_where(to_place)} gripper. "
@@ -47,19 +46,16 @@ def relspatial_hints(snapshot: Snapshot, instructions: Sequence[str]) -> list[st
     return hints
 
 
-def _directions(displacements: Float[Tensor, "B D 3"]) -> list[list[list[str]]]:
-    """Words of the axes that count, the largest first."""
-    order = displacements.abs().argsort(dim=-1, descending=True, stable=True)
-    signs = displacements.sign() * (displacements.abs() >= ALIGNED)
-    return [
-        [
-            [_WORDS[axis][sign[axis] > 0] for axis in axes if sign[axis] != 0]
-            for axes, sign in zip(episode_order, episode_signs, strict=True)
-        ]
-        for episode_order, episode_signs in zip(
-            order.tolist(), signs.nan_to_num().int().tolist(), strict=True
-        )
-    ]
+def _codes(displacements: Float[Tensor, "B D 3"]) -> Int[Tensor, "B D 3"]:
+    """Places in ``_WORDS``, the largest displacement first; -1 where it is not worth a word."""
+    size = displacements.abs()
+    word = 2 * torch.arange(3, device=size.device) + (displacements > 0)
+    order = size.argsort(dim=-1, descending=True, stable=True)
+    return torch.where(size >= ALIGNED, word, -1).gather(-1, order)
+
+
+def _spell(codes: list[int]) -> list[str]:
+    return [_WORDS[code] for code in codes if code >= 0]
 
 
 def _where(words: list[str]) -> str:
