@@ -19,13 +19,12 @@ import torch
 from torch.nn import functional as F
 
 from roadvla.policy import BACKBONE_FOLDER, TinyVLA, load_policy
-from roadvla.train.pretrain import PretrainConfig, PretrainProgress, pretrain
-from roadvla.train.primitives import HINTS, Primitives, PrimitiveSampler
+from roadvla.train.pretrain import PretrainConfig, PretrainProgress, read_hints
+from roadvla.train.primitives import CYCLE, HINTED, HINTS, Primitives, PrimitiveSampler
 from roadvla.types import Observation
 
 _HELD_OUT = 1 << 24  # index of the first batch: far beyond those of pretraining
 _GRAY = 128
-_CYCLE = 13  # pretraining steps with one batch of each kind of hint
 
 
 @dataclass(frozen=True)
@@ -105,8 +104,7 @@ def _score(
 def pretraining_steps(
     config: PretrainConfig,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Pretrain, and tell the seconds and the loss of every step, by kind of hint."""
-    kinds: dict[int, str] = dict(zip((4, 8, 12), HINTS, strict=True))
+    """Do the second part of pretraining alone; tell each step's seconds and loss, by kind."""
     seconds: dict[str, list[float]] = {kind: [] for kind in ("none", *HINTS)}
     losses: dict[str, list[float]] = {kind: [] for kind in ("none", *HINTS)}
     since = time.perf_counter()
@@ -114,12 +112,12 @@ def pretraining_steps(
     def note(progress: PretrainProgress) -> None:
         nonlocal since
         now = time.perf_counter()
-        kind = kinds.get((progress.step - 1) % _CYCLE, "none")
+        kind = HINTED.get((progress.step - 1) % CYCLE, "none")
         seconds[kind].append(now - since)
         losses[kind].append(progress.token_loss)
         since = now
 
-    pretrain(config, note, report_every=1)
+    read_hints(TinyVLA().to(config.device), config, note, report_every=1)
     return seconds, losses
 
 
@@ -128,7 +126,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", type=Path, default=BACKBONE_FOLDER)
     parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=78, help="of pretraining to time, 0 for none")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=78,
+        help="of the second part of pretraining to time, 0 for none",
+    )
     parser.add_argument("--batch", type=int, default=128, help="of these steps")
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
@@ -145,12 +148,12 @@ def main() -> None:
             f"{r.loss:8.3f}{r.accuracy:9.1%}{r.error:9.3f}{r.gripper:9.1%}"
         )
     if chosen.steps:
-        config = PretrainConfig(steps=chosen.steps, batch=chosen.batch, device=chosen.device)
+        config = PretrainConfig(hint_steps=chosen.steps, batch=chosen.batch, device=chosen.device)
         _print_steps(*pretraining_steps(config))
 
 
 def _print_steps(seconds: dict[str, list[float]], losses: dict[str, list[float]]) -> None:
-    """Print medians, and how much slower a cycle of 13 steps is than 13 steps without hints."""
+    """Print medians, and how much longer a cycle of steps takes than as many without hints."""
     medians = {kind: statistics.median(values) for kind, values in seconds.items() if values}
     for kind, median in medians.items():
         curve = losses[kind]
@@ -158,8 +161,8 @@ def _print_steps(seconds: dict[str, list[float]], losses: dict[str, list[float]]
         first, last = statistics.mean(curve[:third]), statistics.mean(curve[-third:])
         print(f"step, {kind:<12}{median * 1e3:8.1f} ms   loss, thirds {first:.3f} → {last:.3f}")
     if len(medians) == 1 + len(HINTS):
-        cycle = sum(medians.values()) + (_CYCLE - 1 - len(HINTS)) * medians["none"]
-        print(f"pretraining is {cycle / (_CYCLE * medians['none']):.2f} times as long")
+        cycle = sum(medians[HINTED.get(index, "none")] for index in range(CYCLE))
+        print(f"steps are {cycle / (CYCLE * medians['none']):.2f} times as long")
 
 
 if __name__ == "__main__":

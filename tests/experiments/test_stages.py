@@ -82,7 +82,7 @@ def test_a_warm_up_is_made_once(tmp_path, monkeypatch) -> None:
 def test_a_warm_up_with_other_settings_is_refused(tmp_path) -> None:
     settings = stages.WarmUp(output=str(tmp_path / "warm"))
     _write_warm_up(tmp_path / "warm", replace(settings, steps=10, output="elsewhere"))
-    with pytest.raises(UserError, match=r"other settings \(steps 10, not 110\): choose another"):
+    with pytest.raises(UserError, match=r"other settings \(steps 10, not 200\): choose another"):
         stages.ensure_warm_up(settings)
     _write_warm_up(tmp_path / "warm", replace(settings, gain=(0.5, 0.8)))
     with pytest.raises(UserError, match=r"\(gain \[0.5, 0.8\], not \[0.55, 0.8\]\)"):

@@ -8,7 +8,7 @@ of anything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, Real
@@ -64,11 +64,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def iqm(scores: Real[np.ndarray, "M S"]) -> float:
     """Interquartile mean: of all runs the middle half, so that no single run decides.
 
-    Where a quarter of the runs is no whole number, the fraction is rounded down.
+    Where a quarter of the runs is no whole number, it is rounded down.
     """
-    flat = np.sort(scores, axis=None)
-    cut = int(0.25 * flat.size)
-    return float(flat[cut : flat.size - cut].mean())
+    return float(_iqm(scores[None])[0])
 
 
 def iqm_interval(scores: Real[np.ndarray, "M S"], level: float = 0.95) -> Estimate:
@@ -78,11 +76,12 @@ def iqm_interval(scores: Real[np.ndarray, "M S"], level: float = 0.95) -> Estima
         scores: Success rates, settings by seeds.
         level: Confidence level in (0, 1).
     """
-    return _stratified(lambda table: iqm(table), [scores], level)
+    (drawn,) = _draws([scores], paired=True)
+    return _estimate(iqm(scores), _iqm(drawn), scores, level)
 
 
 def iqm_difference(
-    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M S"], level: float = 0.95
+    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M S2"], level: float = 0.95
 ) -> Estimate:
     """Difference of interquartile means; seeds are drawn in pairs.
 
@@ -90,12 +89,16 @@ def iqm_difference(
         ours: Success rates, settings by seeds.
         theirs: Of another method, on the same settings and seeds.
         level: Confidence level in (0, 1).
+
+    Raises:
+        ValueError: If they have other settings or seeds.
     """
-    return _stratified(lambda a, b: iqm(a) - iqm(b), [ours, theirs], level)
+    first, second = _draws([ours, theirs], paired=True)
+    return _estimate(iqm(ours) - iqm(theirs), _iqm(first) - _iqm(second), ours, level)
 
 
 def probability_of_improvement(
-    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M S2"], level: float = 0.95
+    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M2 S2"], level: float = 0.95
 ) -> Estimate:
     """Chance that a run of one method beats one of the other on a setting, averaged over settings.
 
@@ -105,39 +108,48 @@ def probability_of_improvement(
         ours: Success rates, settings by seeds.
         theirs: Of another method on the same settings; seeds are drawn independently.
         level: Confidence level in (0, 1).
+
+    Raises:
+        ValueError: If they have other settings.
     """
-    return _stratified(_improvement, [ours, theirs], level, paired=False)
+    first, second = _draws([ours, theirs], paired=False)
+    mean = float(_improvement(ours[None], theirs[None])[0])
+    return _estimate(mean, _improvement(first, second), ours, level)
 
 
-def _improvement(ours: np.ndarray, theirs: np.ndarray) -> float:
-    difference = ours[:, :, None] - theirs[:, None, :]
-    return float(((difference > 0) + 0.5 * (difference == 0)).mean())
+def _iqm(tables: Real[np.ndarray, "R M S"]) -> Float[np.ndarray, " R"]:
+    flat = np.sort(tables.reshape(len(tables), -1), axis=1)
+    cut = int(0.25 * flat.shape[1])
+    return flat[:, cut : flat.shape[1] - cut].mean(axis=1)
 
 
-def _stratified(
-    statistic: Callable[..., float],
-    tables: Sequence[Float[np.ndarray, "M S"]],
-    level: float,
-    *,
-    paired: bool = True,
-) -> Estimate:
-    """Percentile interval over draws of the seeds of each setting, with replacement."""
-    rows = len(tables[0])
+def _improvement(
+    ours: Real[np.ndarray, "R M S"], theirs: Real[np.ndarray, "R M S2"]
+) -> Float[np.ndarray, " R"]:
+    difference = ours[..., :, None] - theirs[..., None, :]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(1, 2, 3))
+
+
+def _draws(tables: Sequence[np.ndarray], *, paired: bool) -> list[np.ndarray]:
+    """Draw the seeds of each setting with replacement, many times: [RESAMPLES, M, S] each."""
+    rows, seeds = tables[0].shape
     if any(len(table) != rows for table in tables):
         raise ValueError(f"the methods have {[len(table) for table in tables]} settings")
-    seeds = tables[0].shape[1]
     if paired and any(table.shape != tables[0].shape for table in tables):
         raise ValueError("the methods have different numbers of seeds")
     generator = np.random.default_rng([rows, seeds])
-    draws = np.empty(RESAMPLES)
-    for number in range(RESAMPLES):
-        drawn = []
-        pick = generator.integers(seeds, size=(rows, seeds))
-        for place, table in enumerate(tables):
-            if place and not paired:
-                pick = generator.integers(table.shape[1], size=(rows, table.shape[1]))
-            drawn.append(np.take_along_axis(table, pick, axis=1))
-        draws[number] = statistic(*drawn)
+    drawn, pick = [], generator.integers(seeds, size=(RESAMPLES, rows, seeds))
+    for place, table in enumerate(tables):
+        if place and not paired:
+            pick = generator.integers(table.shape[1], size=(RESAMPLES, *table.shape))
+        drawn.append(np.take_along_axis(table[None], pick, axis=2))
+    return drawn
+
+
+def _estimate(
+    mean: float, draws: Float[np.ndarray, " R"], scores: np.ndarray, level: float
+) -> Estimate:
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
-    return Estimate(statistic(*tables), float(low), float(high), seeds, rows)
+    settings, seeds = scores.shape
+    return Estimate(mean, float(low), float(high), seeds, settings)

@@ -17,32 +17,27 @@ from roadvla.types import Observation
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """How the shipped backbone is made: to see and act first, then to read hints as well.
+    """How the shipped backbone is made.
 
     Attributes:
-        steps: Optimizer steps of the first part.
+        steps: Optimizer steps.
         batch: States per step.
-        learning_rate: Peak of its cosine schedule.
-        warmup_steps: Linear warm-up at the start of each part.
+        learning_rate: Peak of the cosine schedule.
+        warmup_steps: Linear warm-up at its start.
         weight_decay: AdamW's.
         geometry_coef: Weight of the auxiliary regression of places and angles.
         grounding_coef: Weight of the auxiliary attention to the patches of what is named.
-        hint_steps: Optimizer steps of the second part, in which about half of the batches have
-            hints; 0 to leave it out.
-        hint_learning_rate: Peak of its cosine schedule.
         seed: Of the initial weights; the states are the same for every seed.
         device: ``cpu`` or ``cuda``.
     """
 
-    steps: int = 6000
+    steps: int = 8000
     batch: int = 128
     learning_rate: float = 2e-3
     warmup_steps: int = 200
     weight_decay: float = 0.01
     geometry_coef: float = 1.0
     grounding_coef: float = 0.5
-    hint_steps: int = 1000
-    hint_learning_rate: float = 6e-4
     seed: int = 0
     device: str = "cpu"
 
@@ -80,68 +75,22 @@ def pretrain(
         report_every: Steps between reports.
     """
     torch.manual_seed(config.seed)
-    policy = TinyVLA().to(torch.device(config.device))
+    device = torch.device(config.device)
+    policy = TinyVLA().to(device)
     policy.unfreeze_vision()
-    _learn(policy, config, _Part(config.steps, config.learning_rate), report, report_every)
-    if config.hint_steps:
-        read_hints(policy, config, report, report_every=report_every)
-    policy.freeze_vision()
-    return policy
-
-
-def read_hints(
-    policy: TinyVLA,
-    config: PretrainConfig,
-    report: Callable[[PretrainProgress], None],
-    *,
-    report_every: int = 100,
-) -> None:
-    """Teach a policy that sees and acts to read hints too, in place; its vision tower is trained.
-
-    Args:
-        policy: After the first part.
-        config: Sizes and rates.
-        report: Called every ``report_every`` steps; steps count on from the first part's.
-        report_every: Steps between reports.
-    """
-    torch.manual_seed(config.seed + 1)
-    policy.unfreeze_vision()
-    part = _Part(config.hint_steps, config.hint_learning_rate, first=config.steps, hinted=True)
-    _learn(policy, config, part, report, report_every)
-    policy.freeze_vision()
-
-
-@dataclass(frozen=True)
-class _Part:
-    """One cosine: ``first`` counts the steps before it."""
-
-    steps: int
-    learning_rate: float
-    first: int = 0
-    hinted: bool = False
-
-
-def _learn(
-    policy: TinyVLA,
-    config: PretrainConfig,
-    part: _Part,
-    report: Callable[[PretrainProgress], None],
-    report_every: int,
-) -> None:
-    device = policy.device
     a = policy.architecture
     probe = nn.Sequential(nn.Linear(a.queries * a.width, 128), nn.GELU(), nn.Linear(128, 12))
     probe.to(device)
     parameters = [*policy.policy_parameters(), *probe.parameters()]
     optimizer = torch.optim.AdamW(
-        parameters, lr=part.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
+        parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98)
     )
     sampler = PrimitiveSampler(config.batch, device)
     totals = torch.zeros(4, device=device)
-    for step in range(part.steps):
+    for step in range(config.steps):
         for group in optimizer.param_groups:
-            group["lr"] = part.learning_rate * _schedule(step, part.steps, config.warmup_steps)
-        batch = sampler.sample(part.first + step, hinted=part.hinted)
+            group["lr"] = config.learning_rate * _schedule(step, config)
+        batch = sampler.sample(step)
         vision = policy.vision(batch.image)
         observation = Observation(batch.image, policy.tokenize(batch.prompts), vision)
         token_loss, accuracy = _token_loss(policy, observation, batch)
@@ -157,16 +106,17 @@ def _learn(
         losses = torch.stack([token_loss, geometry_loss, grounding_loss, accuracy])
         totals += losses.detach()
         if (step + 1) % report_every == 0:
-            progress = PretrainProgress(part.first + step + 1, *(totals / report_every).tolist())
-            report(progress)
+            report(PretrainProgress(step + 1, *(totals / report_every).tolist()))
             totals.zero_()
+    policy.freeze_vision()
+    return policy
 
 
-def _schedule(step: int, steps: int, warmup_steps: int) -> float:
+def _schedule(step: int, config: PretrainConfig) -> float:
     """Linear warm-up, then a cosine to zero, as a fraction of the peak."""
-    if step < warmup_steps:
-        return (step + 1) / warmup_steps
-    done = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if step < config.warmup_steps:
+        return (step + 1) / config.warmup_steps
+    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * done))
 
 

@@ -1,10 +1,9 @@
 """Pretraining data of the tiny VLA: random tabletop states, a primitive prompt, the right action.
 
 The states are drawn independently of each other, so there are no trajectories, no rewards and no
-demonstration of the suite's task: the prompts ask to reach, pick or touch named things. On request
-about half of the batches add a hint, true of the state, of the kinds that text-guided teachers are
-given, so that hints can be read at all. In part of them the frame shows nothing: the hint is all
-there is.
+demonstration of the suite's task: the prompts ask to reach, pick or touch named things. Three
+batches in 13 add a hint, true of the state, of the kinds that text-guided teachers are given, so
+that hints can be read at all. In part of them the frame shows nothing: the hint is all there is.
 """
 
 from __future__ import annotations
@@ -47,7 +46,7 @@ _GRAY = 128
 
 HINTS = ("relspatial", "plan", "action")
 # Of every 13 batches these have hints. 13 shares no factor with the distributions' cycle of 16.
-_HINTED: dict[int, str] = dict(zip((1, 3, 5, 7, 9, 11), 2 * HINTS, strict=True))
+_HINTED: dict[int, str] = dict(zip((4, 8, 12), HINTS, strict=True))
 _CYCLE = 13
 
 # Which things may stand beside the named ones; any colour and shape is allowed.
@@ -102,15 +101,10 @@ class PrimitiveSampler:
         self._renderer = Renderer(device)
         self._overlays = overlays(_OVERLAY_SEED).to(device)
 
-    def sample(self, index: int, *, hinted: bool = False) -> Primitives:
-        """Draw one batch.
-
-        Args:
-            index: Of the batch.
-            hinted: Whether of every 13 batches two have hints of each kind.
-        """
+    def sample(self, index: int) -> Primitives:
+        """Draw one batch; of every 13 one has hints of each kind."""
         batch, scene, state = self._plain(index)
-        kind = _HINTED.get(index % _CYCLE) if hinted else None
+        kind = _HINTED.get(index % _CYCLE)
         return batch if kind is None else self._hinted(batch, scene, state, kind, index)
 
     def hinted(self, index: int, kind: str) -> tuple[Primitives, Primitives]:

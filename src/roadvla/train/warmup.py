@@ -84,7 +84,7 @@ class WarmUp:
     noise: float = 0.1
     levels: int = 8
     tail: int = 6
-    steps: int = 110
+    steps: int = 200
     batch: int = 128
     minibatch: int | None = None
     learning_rate: float = 6e-4
