@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from roadvla.policy import BACKBONE_FOLDER, TinyVLA, load_policy
-from roadvla.train.pretrain import PretrainConfig, PretrainProgress, read_hints
+from roadvla.train.pretrain import PretrainConfig, PretrainProgress, pretrain
 from roadvla.train.primitives import CYCLE, HINTED, HINTS, Primitives, PrimitiveSampler
 from roadvla.types import Observation
 
@@ -104,7 +104,7 @@ def _score(
 def pretraining_steps(
     config: PretrainConfig,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Do the second part of pretraining alone; tell each step's seconds and loss, by kind."""
+    """Pretrain, and tell the seconds and the loss of every step, by kind of hint."""
     seconds: dict[str, list[float]] = {kind: [] for kind in ("none", *HINTS)}
     losses: dict[str, list[float]] = {kind: [] for kind in ("none", *HINTS)}
     since = time.perf_counter()
@@ -117,7 +117,7 @@ def pretraining_steps(
         losses[kind].append(progress.token_loss)
         since = now
 
-    read_hints(TinyVLA().to(config.device), config, note, report_every=1)
+    pretrain(config, note, report_every=1)
     return seconds, losses
 
 
@@ -126,12 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--policy", type=Path, default=BACKBONE_FOLDER)
     parser.add_argument("--batches", type=int, default=16)
-    parser.add_argument(
-        "--steps",
-        type=int,
-        default=78,
-        help="of the second part of pretraining to time, 0 for none",
-    )
+    parser.add_argument("--steps", type=int, default=78, help="of pretraining to time, 0 for none")
     parser.add_argument("--batch", type=int, default=128, help="of these steps")
     parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
@@ -148,7 +143,7 @@ def main() -> None:
             f"{r.loss:8.3f}{r.accuracy:9.1%}{r.error:9.3f}{r.gripper:9.1%}"
         )
     if chosen.steps:
-        config = PretrainConfig(hint_steps=chosen.steps, batch=chosen.batch, device=chosen.device)
+        config = PretrainConfig(steps=chosen.steps, batch=chosen.batch, device=chosen.device)
         _print_steps(*pretraining_steps(config))
 
 
@@ -162,7 +157,7 @@ def _print_steps(seconds: dict[str, list[float]], losses: dict[str, list[float]]
         print(f"step, {kind:<12}{median * 1e3:8.1f} ms   loss, thirds {first:.3f} → {last:.3f}")
     if len(medians) == 1 + len(HINTS):
         cycle = sum(medians[HINTED.get(index, "none")] for index in range(CYCLE))
-        print(f"steps are {cycle / (CYCLE * medians['none']):.2f} times as long")
+        print(f"pretraining is {cycle / (CYCLE * medians['none']):.2f} times as long")
 
 
 if __name__ == "__main__":

@@ -31,9 +31,10 @@ def snapshot(thing, place, *, tip=(0.0, 0.0, 0.2), held=-1, is_open=True) -> Sna
 
 
 # The paper's own example. Ahead is -x and right is +y, and the tip is at (0, 0, 0.2): the carrot is
-# 5 cm right, 3 ahead and 2 below, the plate 20 ahead, 6 left and 3 below; so from carrot to plate
-# it is 17 cm ahead and 11 left. The largest comes first, which fits all the paper's sentences.
-PAPER = ((-0.03, 0.05, 0.18), (-0.20, -0.06, 0.17))
+# 5 cm right, 3 ahead and 2 below, the plate 20 ahead, 6 left and 5 below; so from carrot to plate
+# it is 17 cm ahead and 11 left; height is left out. The largest comes first, which fits all the
+# paper's sentences.
+PAPER = ((-0.03, 0.05, 0.18), (-0.20, -0.06, 0.15))
 STATE = (
     "carrot is right, ahead, below gripper, not grasped. plate is ahead, left, below gripper. "
     "carrot to plate: move ahead and left. gripper open."

@@ -45,9 +45,10 @@ _HINT_NOISE = 0.15  # of a hinted action, in fractions of its limits
 _GRAY = 128
 
 HINTS = ("relspatial", "plan", "action")
-# Of every 13 batches these have hints. 13 shares no factor with the distributions' cycle of 16.
-_HINTED: dict[int, str] = dict(zip((4, 8, 12), HINTS, strict=True))
-_CYCLE = 13
+CYCLE = 13
+"""Batches after which the kinds of hints repeat; no factor of the distributions' cycle of 16."""
+HINTED: dict[int, str] = dict(zip((4, 8, 12), HINTS, strict=True))
+"""Which of ``CYCLE`` batches have hints."""
 
 # Which things may stand beside the named ones; any colour and shape is allowed.
 _DISTRIBUTIONS = tuple(
@@ -104,7 +105,7 @@ class PrimitiveSampler:
     def sample(self, index: int) -> Primitives:
         """Draw one batch; of every 13 one has hints of each kind."""
         batch, scene, state = self._plain(index)
-        kind = _HINTED.get(index % _CYCLE)
+        kind = HINTED.get(index % CYCLE)
         return batch if kind is None else self._hinted(batch, scene, state, kind, index)
 
     def hinted(self, index: int, kind: str) -> tuple[Primitives, Primitives]:
