@@ -1,0 +1,74 @@
+"use strict";
+(() => {
+  const root = document.documentElement;
+  const toggle = document.querySelector("button.theme");
+  const dark = () => root.dataset.theme
+    ? root.dataset.theme === "dark"
+    : matchMedia("(prefers-color-scheme: dark)").matches;
+  const say = () => { toggle.textContent = dark() ? "Light" : "Dark"; };
+  toggle.hidden = false;
+  toggle.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; say(); });
+  say();
+
+  const key = (row, column) => {
+    const cell = row.cells[column];
+    const marked = cell.querySelector("[data-sort]");
+    const text = marked ? marked.dataset.sort : cell.textContent.replace(/,/g, "");
+    const number = parseFloat(text);
+    return Number.isNaN(number) ? (marked || column === 0 ? text : -Infinity) : number;
+  };
+  for (const table of document.querySelectorAll("table.sortable")) {
+    const heads = table.tHead.rows[table.tHead.rows.length - 1].cells;
+    [...heads].forEach((head, column) => {
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = head.textContent;
+      head.replaceChildren(button);
+      button.addEventListener("click", () => {
+        const down = head.getAttribute("aria-sort") !== "descending";
+        for (const other of heads) other.removeAttribute("aria-sort");
+        head.setAttribute("aria-sort", down ? "descending" : "ascending");
+        const body = table.tBodies[0];
+        const rows = [...body.rows].sort((a, b) => {
+          const x = key(a, column), y = key(b, column);
+          const order = typeof x === "number" && typeof y === "number"
+            ? x - y : String(x).localeCompare(String(y));
+          return down ? -order : order;
+        });
+        body.replaceChildren(...rows);
+      });
+    });
+  }
+
+  for (const film of document.querySelectorAll("figure.film")) {
+    const count = Number(film.dataset.frames);
+    const [button, slider, output] = film.querySelectorAll("button, input, output");
+    const frames = [...film.querySelectorAll(".frame")];
+    let timer = null;
+    const show = (step) => {
+      slider.value = step;
+      output.textContent = step;
+      for (const frame of frames) {
+        frame.style.backgroundPositionX = `${-step * parseInt(frame.style.width, 10)}px`;
+      }
+    };
+    const stop = () => {
+      clearInterval(timer);
+      timer = null;
+      button.textContent = "▶";
+      button.setAttribute("aria-label", "play");
+    };
+    button.addEventListener("click", () => {
+      if (timer) { stop(); return; }
+      if (Number(slider.value) >= count - 1) show(0);
+      button.textContent = "❚❚";
+      button.setAttribute("aria-label", "pause");
+      timer = setInterval(() => {
+        const next = Number(slider.value) + 1;
+        show(next);
+        if (next >= count - 1) stop();
+      }, 250);
+    });
+    slider.addEventListener("input", () => { stop(); show(Number(slider.value)); });
+  }
+})();

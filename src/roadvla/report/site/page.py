@@ -1,0 +1,275 @@
+"""Putting the page together: what is there is shown, what is not is said."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+from roadvla.errors import UserError
+from roadvla.evaluation.results import Results, StudyRecord
+from roadvla.report.site import html
+from roadvla.report.site.curves import adaptation, dynamics, settled
+from roadvla.report.site.failing import bars, fates, told
+from roadvla.report.site.films import players
+from roadvla.report.site.numbers import Entry, Overall, entries, overall, verdict
+from roadvla.report.site.origins import cost, provenance, summary, warnings
+from roadvla.report.site.plots import Look
+from roadvla.report.site.tables import markdown, overall_table, readings_table, study_table
+
+_FATES = ("ER-Repositioning", "VR-DynamicTexture")
+_DYNAMICS = ("VR-UnseenTable", "CR-MultiObject", "ER-Repositioning")
+
+
+def write_page(results: Results, output: Path, *, command: str | None = None) -> Path:
+    """Write ``report.html``, ``figures/`` and ``tables/``.
+
+    The HTML file stands alone: it needs no other file, no server and no network.
+
+    Args:
+        results: Studies and records.
+        output: Folder; an earlier page in it is replaced.
+        command: What was typed, to be quoted.
+
+    Returns:
+        The HTML file.
+
+    Raises:
+        UserError: If the folder cannot be written.
+    """
+    page = output / "report.html"
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        builder = _Builder(results, output)
+        text = builder.page(command)
+        page.write_text(text, encoding="utf-8")
+        builder.write_tables()
+    except OSError as error:
+        raise UserError(
+            f"cannot write the page to {output}: {error.strerror or error}; choose another folder"
+        ) from error
+    return page
+
+
+class _Builder:
+    """Computes each study's numbers once, and shows them."""
+
+    def __init__(self, results: Results, output: Path) -> None:
+        self._results, self._output = results, output
+        self._look = Look(["ppo", "road"])
+        studies = results.studies.values()
+        self._entries: dict[str, list[Entry]] = {
+            study.name: entries(results, study, p_values=study.name == "table1")
+            for study in studies
+        }
+        self._overall: dict[str, list[Overall]] = {
+            study.name: overall(results, study) if len(study.settings) > 1 else []
+            for study in studies
+        }
+
+    def page(self, command: str | None) -> str:
+        """The whole file."""
+        sections = [
+            html.section("In short", *self._headline(), name="in-short"),
+            *(self._section(study) for study in self._results.studies.values()),
+            html.section("How to read the numbers", *_READING, name="statistics"),
+            html.section(
+                "Where they come from",
+                html.listing(summary(self._results)),
+                provenance(self._results),
+                name="provenance",
+            ),
+        ]
+        shown = [part for part in sections if part]
+        sim = next((r.sim for r in self._results.records.values()), "")
+        title = f"ROAD-VLA against PPO on {sim or 'no simulator yet'}"
+        now = datetime.now(UTC).isoformat(timespec="minutes").replace("+00:00", " UTC")
+        written = f"Written {now}" + (f" by {command}" if command else "")
+        return _TEMPLATE.format(
+            title=html.text(title),
+            css=_asset("page.css"),
+            js=_asset("page.js"),
+            written=html.text(written),
+            toc=_contents(shown),
+            warnings=_warned(warnings(self._results)),
+            sections="\n".join(shown),
+        )
+
+    def write_tables(self) -> None:
+        """The tables as Markdown, and all numbers as JSON."""
+        folder = self._output / "tables"
+        folder.mkdir(parents=True, exist_ok=True)
+        numbers = {}
+        for name, study in self._results.studies.items():
+            rows, total = self._entries[name], self._overall[name]
+            text = markdown(rows, total, study.baseline)
+            (folder / f"{name}.md").write_text(f"{study.title}\n\n{text}", encoding="utf-8")
+            numbers[name] = {
+                "entries": [asdict(row) for row in rows],
+                "overall": [asdict(row) for row in total],
+            }
+        text = json.dumps(numbers, indent=1)
+        (folder / "tables.json").write_text(f"{text}\n", encoding="utf-8")
+
+    def _headline(self) -> list[str]:
+        study = self._results.studies.get("table1")
+        total = {row.method: row for row in self._overall.get("table1", [])}
+        if study is None or "road" not in total:
+            return [html.paragraph("The comparison of PPO and ROAD (table1) is not finished yet.")]
+        road, seeds = total["road"], len(study.seeds)
+        lines = [
+            f"{where}: {verdict(road.versus.get(split), 'ROAD', 'PPO')}"
+            for split, where in (("test", "Out of distribution"), ("train", "In distribution"))
+        ]
+        wins = [
+            e.setting for e in self._entries["table1"]
+            if e.method == "road" and (d := e.versus.get("test")) is not None and d.sign > 0
+        ]  # fmt: skip
+        losses = [
+            e.setting for e in self._entries["table1"]
+            if e.method == "road" and (d := e.versus.get("test")) is not None and d.sign < 0
+        ]  # fmt: skip
+        return [
+            *(html.paragraph(line + ".", "verdict") for line in lines),
+            html.paragraph(
+                f"Means over {len(study.settings)} settings and {seeds} seeds, {study.episodes} "
+                f"episodes of each set. Out of distribution ROAD is established as better in "
+                f"{_named(wins)} and as worse in {_named(losses)} of the {len(study.settings)}."
+            ),
+            overall_table(self._overall["table1"], study.baseline),
+        ]
+
+    def _section(self, study: StudyRecord) -> str:
+        show = _SHOWN.get(study.name, _Builder._table)
+        title = f"{study.title}" + (f" ({study.paper})" if study.paper else "")
+        claim = f"The paper: {study.claim}" if study.claim else ""
+        return html.section(
+            title, html.paragraph(claim, "paper"), *show(self, study), name=study.name
+        )
+
+    def _table(self, study: StudyRecord) -> list[str]:
+        made = study_table(study.name, study.title + ".", self._entries[study.name], study.baseline)
+        return [made, *self._curves(study)]
+
+    def _curves(self, study: StudyRecord) -> list[str]:
+        return [adaptation(self._results, study, self._look, self._output)]
+
+    def _table1(self, study: StudyRecord) -> list[str]:
+        return [
+            *self._table(study),
+            adaptation(self._results, study, self._look, self._output, split="train"),
+            settled(self._results, study),
+        ]
+
+    def _dynamics(self, study: StudyRecord) -> list[str]:
+        return [dynamics(self._results, study, self._look, self._output, _DYNAMICS)]
+
+    def _grasp(self, study: StudyRecord) -> list[str]:
+        return [
+            adaptation(self._results, study, self._look, self._output, split=split, what="grasped")
+            for split in ("test", "train")
+        ]
+
+    def _readings(self, study: StudyRecord) -> list[str]:
+        return [readings_table(self._entries[study.name], study.baseline)]
+
+    def _failures(self, study: StudyRecord) -> list[str]:
+        crossed = [
+            fates(self._results, study, "road", "ppo", setting)
+            for setting in _FATES
+            if setting in study.settings
+        ]
+        return [
+            html.listing(told(self._results, study, study.methods)),
+            bars(self._results, study, self._output),
+            bars(self._results, study, self._output, split="train"),
+            *crossed,
+            players(self._results, study, ("ppo", "road")),
+        ]
+
+    def _cost(self, study: StudyRecord) -> list[str]:
+        return [cost(self._results, study, self._output)]
+
+
+_SHOWN: dict[str, Callable[[_Builder, StudyRecord], list[str]]] = {
+    "table1": _Builder._table1,
+    "dynamics": _Builder._dynamics,
+    "grasp": _Builder._grasp,
+    "readings": _Builder._readings,
+    "failures": _Builder._failures,
+    "cost": _Builder._cost,
+}
+
+_READING = (
+    html.paragraph(
+        "Success is read at the last step of an episode. Every method meets the same numbered "
+        "episodes, so two methods are compared episode by episode. Cells show mean ± standard "
+        "deviation over seeds, as the paper prints them, and in brackets a 95 % interval."
+    ),
+    html.paragraph(
+        "An interval is the widest span of three: a bootstrap that draws seeds and episodes, "
+        "Student's t over the seeds' own values, and a closed form over all episodes (Wilson for "
+        "rates, Bonett and Price for differences on the same episodes, Newcombe for Δ). With three "
+        "seeds Student's t usually decides, and it is wide: differences of a few points between "
+        "methods often cannot be established. A p-value is the level at which that interval lets "
+        "go of zero; Holm's correction makes the seven settings' p-values safe to read together."
+    ),
+    html.paragraph(
+        "The paper's figures are of a 7-billion-parameter model in another simulator. They stand "
+        "beside ours for orientation; only the direction of differences can be compared."
+    ),
+)
+
+_TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="generator" content="roadvla">
+<title>{title}</title>
+<link rel="icon" href="data:,">
+<style>
+{css}</style>
+</head>
+<body>
+<a class="skip" href="#main">Skip to the content</a>
+<div class="layout">
+<nav aria-label="Contents"><ol>{toc}</ol></nav>
+<main id="main">
+<header>
+<div class="top"><h1>{title}</h1><button type="button" class="theme" hidden>Dark</button></div>
+<p class="meta">{written}</p>
+{warnings}
+</header>
+{sections}
+</main>
+</div>
+<script>
+{js}</script>
+</body>
+</html>
+"""
+
+
+def _asset(name: str) -> str:
+    return (files("roadvla.report.site") / name).read_text(encoding="utf-8")
+
+
+def _contents(sections: Sequence[str]) -> str:
+    items = []
+    for part in sections:
+        key = part.split('id="', 1)[1].split('"', 1)[0]
+        title = part.split("<h2", 1)[1].split(">", 1)[1].split("</h2>", 1)[0]
+        items.append(f'<li><a href="#{key}">{title}</a></li>')
+    return "".join(items)
+
+
+def _warned(said: Sequence[str]) -> str:
+    return f'<div class="warning" role="note">{html.listing(said)}</div>' if said else ""
+
+
+def _named(settings: Sequence[str]) -> str:
+    return f"{len(settings)} ({', '.join(settings)})" if settings else "none"
