@@ -181,21 +181,31 @@ def report(
     output: Path | None = None,
     baseline: str | None = None,
 ) -> None:
-    """Make tables, curves and film strips of finished runs.
+    """Make tables, curves and film strips of finished runs, or the page of finished studies.
 
     Args:
-        runs: Run folders, or folders that hold some.
+        runs: Run folders, or folders that hold some; or one folder of studies.
         output: Folder for the report; ``report`` in the folder that holds all runs unless given.
-        baseline: Method to compare with; plain PPO unless given.
+        baseline: Method to compare with; plain PPO unless given. Studies bring their own.
     """
+    from roadvla.evaluation.results import is_results, read_results
     from roadvla.report.page import write_report
+    from roadvla.report.site import write_page
 
     if not runs:
         raise UserError("no run is named: roadvla report RUN [RUN ...]")
     folder = output or Path(os.path.commonpath([run.resolve() for run in runs])) / "report"
     command = shlex.join(["roadvla", "report", *map(str, runs)])
-    write_report(runs, folder, baseline=baseline, command=command)
-    print(folder / "report.md")
+    studies = [run for run in runs if is_results(run)]
+    if not studies:
+        write_report(runs, folder, baseline=baseline, command=command)
+        print(folder / "report.md")
+        return
+    if len(runs) > 1:
+        raise UserError(f"{studies[0]} holds studies: report on it by itself")
+    if baseline is not None:
+        raise UserError(f"--baseline {baseline} would not be used: a study has its own, drop it")
+    print(write_page(read_results(studies[0]), folder, command=command))
 
 
 def check_env(arguments: list[str]) -> None:

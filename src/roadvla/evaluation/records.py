@@ -135,7 +135,7 @@ class RunRecord:
     extra_env_steps: int
     outcomes: tuple[Outcomes, ...]
     curve: tuple[CurvePoint, ...] = ()
-    series: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
+    series: dict[str, tuple[float | int | None, ...]] = field(default_factory=dict)
 
     def outcome(self, env: str, split: str) -> Outcomes | None:
         """Final evaluation of a set; ``None`` if it was not measured."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from roadvla.errors import UserError
@@ -79,11 +79,13 @@ class Results:
         folder: Where it lies.
         studies: By name.
         records: By name, all of the same episodes.
+        films: First out-of-distribution episodes, by record and setting.
     """
 
     folder: Path
     studies: dict[str, StudyRecord]
     records: dict[str, RunRecord]
+    films: dict[tuple[str, str], Path] = field(default_factory=dict)
 
     def missing(self, study: StudyRecord) -> list[str]:
         """Name the cells of a study that are not finished."""
@@ -92,11 +94,6 @@ class Results:
             for name in by_seed.values()
         ]  # fmt: skip
         return [name for name in dict.fromkeys([study.warmup, *wanted]) if name not in self.records]
-
-    def film(self, record: str, env: str) -> Path | None:
-        """Film of a run's first out-of-distribution episodes; ``None`` if none was kept."""
-        path = self.folder / "films" / f"{record}_{env}.npz"
-        return path if path.is_file() else None
 
 
 def is_results(folder: Path) -> bool:
@@ -116,7 +113,11 @@ def read_results(folder: Path) -> Results:
         raise UserError(f"no study in {folder}: `roadvla study NAME` makes one")
     records = [read_record(path) for path in _files(folder / "records")]
     check_comparable(records)
-    return Results(folder, {s.name: s for s in studies}, {r.name: r for r in records})
+    films = {}
+    for path in sorted((folder / "films").glob("*.npz")):
+        record, _, env = path.stem.rpartition("_")
+        films[record, env] = path
+    return Results(folder, {s.name: s for s in studies}, {r.name: r for r in records}, films)
 
 
 def _files(folder: Path) -> Sequence[Path]:

@@ -247,7 +247,7 @@ def _portable(settings: Any, root: Path) -> dict[str, Any]:
     return shorten(data)
 
 
-def _series(folder: Path) -> dict[str, tuple[float | None, ...]]:
+def _series(folder: Path) -> dict[str, tuple[float | int | None, ...]]:
     """Read the logged metrics, rounded, as one column each."""
     rows = [row for row in read_metrics(folder) if row["iteration"] > 0]
     names = {
@@ -259,7 +259,7 @@ def _series(folder: Path) -> dict[str, tuple[float | None, ...]]:
     return {name: tuple(_short(row, name) for row in rows) for name in (*_SHARED_SERIES, *names)}
 
 
-def _short(row: Mapping[str, Any], name: str) -> float | None:
+def _short(row: Mapping[str, Any], name: str) -> float | int | None:
     value = row.get(name)
     if value is None or isinstance(value, int):
         return value

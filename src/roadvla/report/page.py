@@ -14,6 +14,8 @@ from roadvla.evaluation.files import read_film
 from roadvla.report import figures
 from roadvla.report.dynamics import dynamics_table
 from roadvla.report.runs import Run, read_runs
+from roadvla.report.site import write_page
+from roadvla.report.site.from_runs import results_of
 from roadvla.report.summary import Summary, order_methods, summarize
 from roadvla.report.tables import SPLIT_NAMES, markdown_table, sentences, table_json
 
@@ -36,7 +38,7 @@ do not take ratios from this figure. `benchmarks/bench_iteration.py` measures th
 def write_report(
     runs: Sequence[Path], output: Path, *, baseline: str | None = None, command: str | None = None
 ) -> Summary:
-    """Write ``report.md``, ``table.md``, ``table.json`` and ``figures/`` from run folders.
+    """Write ``report.md``, ``report.html``, ``table.md``, ``table.json`` and ``figures/``.
 
     Args:
         runs: Run folders, or folders that hold some.
@@ -65,6 +67,9 @@ def write_report(
         raise UserError(
             f"cannot write the report to {output}: {error.strerror or error}; choose another folder"
         ) from error
+    results = results_of(loaded, summary, command=command)
+    if results is not None:
+        write_page(results, output, command=command)
     return summary
 
 

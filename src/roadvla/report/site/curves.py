@@ -46,7 +46,8 @@ def curve(
         lines[seed] = begun + _points(record, setting, split, what)
     steps = [step for step, _ in next(iter(lines.values()), [])]
     kept = [line for line in lines.values() if [step for step, _ in line] == steps]
-    return steps, np.array([[value for _, value in line] for line in kept]).reshape(-1, len(steps))
+    values = np.array([[value for _, value in line] for line in kept])
+    return steps, values.reshape(len(kept), len(steps))
 
 
 def adaptation(

@@ -117,8 +117,8 @@ def told(results: Results, study: StudyRecord, methods: Sequence[str]) -> list[s
         for method in methods:
             found = shares(cells(results, study, method, setting), setting, "test")
             if found is not None:
-                worst = max((m for m in MODES if m != "success"), key=lambda m: found[m])
-                parts.append(f"{method} {WORDS[worst]} ({100 * found[worst]:.0f} %)")
+                share, worst = max((s, m) for m, s in found.items() if m != "success")
+                parts.append(f"{method} {WORDS[worst]} ({100 * share:.0f} %)")
         if parts:
             lines.append(f"{setting}: most failures are {'; '.join(parts)}.")
     return lines

@@ -26,7 +26,7 @@ def players(results: Results, study: StudyRecord, methods: Sequence[str]) -> str
             films = []
             for method in methods:
                 name = study.cells.get(method, {}).get(setting, {}).get(str(seed))
-                path = None if name is None else results.film(name, setting)
+                path = results.films.get((name or "", setting))
                 if path is not None:
                     films.append((method, read_film(path)))
             if len(films) == len(methods):

@@ -69,14 +69,18 @@ def cost(results: Results, study: StudyRecord, folder: Path) -> str:
 def warnings(results: Results) -> list[str]:
     """What a reader should know before trusting the page."""
     said = []
+    by_command: dict[str, list[str]] = {}
     for study in results.studies.values():
-        missing = results.missing(study)
+        missing = len(results.missing(study))
         if missing:
-            total = len({n for e in study.cells.values() for s in e.values() for n in s.values()})
-            said.append(
-                f"{study.name} is not finished: {len(missing)} of {total + 1} cells are missing; "
-                f"nothing stands in for them. To finish it: {study.command}"
-            )
+            names = {n for e in study.cells.values() for s in e.values() for n in s.values()}
+            line = f"{study.name} ({missing} of {len(names) + 1} cells missing)"
+            by_command.setdefault(study.command, []).append(line)
+    for command, lines in by_command.items():
+        said.append(
+            f"Not finished: {', '.join(lines)}. Nothing stands in for what is missing. To finish: "
+            f"{command}"
+        )
     records = results.records.values()
     for what, label in (("version", "versions of roadvla"), ("commit", "commits")):
         values = sorted({getattr(r, what) or "unknown" for r in records})
@@ -129,10 +133,11 @@ def summary(results: Results) -> list[str]:
         span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
         lines.append(f"Trained: {span}; roadvla {', '.join(sorted({r.version for r in records}))}")
     if records:
+        temperatures = ", ".join(sorted({f"{t:g}" for t, _ in alike}))
+        horizons = ", ".join(sorted({str(h) for _, h in alike}))
         lines.append(
             f"Simulator: {records[0].sim}, definition {records[0].definition}; sampling "
-            f"temperature of the evaluations: {', '.join(sorted({f'{t:g}' for t, _ in alike}))}; horizons: "
-            f"{', '.join(sorted({str(h) for _, h in alike}))} steps"
+            f"temperature of the evaluations: {temperatures}; horizons: {horizons} steps"
         )
     return lines
 

@@ -20,6 +20,10 @@ from roadvla.report.site.origins import cost, provenance, summary, warnings
 from roadvla.report.site.plots import Look
 from roadvla.report.site.tables import markdown, overall_table, readings_table, study_table
 
+_ORDER = (
+    *("table1", "table2", "table5", "alpha", "reference", "dynamics", "grasp"),
+    *("failures", "readings", "cost"),
+)
 _FATES = ("ER-Repositioning", "VR-DynamicTexture")
 _DYNAMICS = ("VR-UnseenTable", "CR-MultiObject", "ER-Repositioning")
 
@@ -60,7 +64,11 @@ class _Builder:
     def __init__(self, results: Results, output: Path) -> None:
         self._results, self._output = results, output
         self._look = Look(["ppo", "road"])
-        studies = results.studies.values()
+        self._studies = sorted(
+            results.studies.values(),
+            key=lambda s: (_ORDER.index(s.name) if s.name in _ORDER else len(_ORDER), s.name),
+        )
+        studies = self._studies
         self._entries: dict[str, list[Entry]] = {
             study.name: entries(results, study, p_values=study.name == "table1")
             for study in studies
@@ -74,7 +82,7 @@ class _Builder:
         """The whole file."""
         sections = [
             html.section("In short", *self._headline(), name="in-short"),
-            *(self._section(study) for study in self._results.studies.values()),
+            *(self._section(study) for study in self._studies),
             html.section("How to read the numbers", *_READING, name="statistics"),
             html.section(
                 "Where they come from",
@@ -86,7 +94,12 @@ class _Builder:
         shown = [part for part in sections if part]
         sim = next((r.sim for r in self._results.records.values()), "")
         title = f"ROAD-VLA against PPO on {sim or 'no simulator yet'}"
-        now = datetime.now(UTC).isoformat(timespec="minutes").replace("+00:00", " UTC")
+        now = (
+            datetime.now(UTC)
+            .isoformat(timespec="minutes")
+            .replace("T", " ")
+            .replace("+00:00", " UTC")
+        )
         written = f"Written {now}" + (f" by {command}" if command else "")
         return _TEMPLATE.format(
             title=html.text(title),
@@ -115,31 +128,30 @@ class _Builder:
         (folder / "tables.json").write_text(f"{text}\n", encoding="utf-8")
 
     def _headline(self) -> list[str]:
-        study = self._results.studies.get("table1")
-        total = {row.method: row for row in self._overall.get("table1", [])}
-        if study is None or "road" not in total:
-            return [html.paragraph("The comparison of PPO and ROAD (table1) is not finished yet.")]
-        road, seeds = total["road"], len(study.seeds)
-        lines = [
-            f"{where}: {verdict(road.versus.get(split), 'ROAD', 'PPO')}"
-            for split, where in (("test", "Out of distribution"), ("train", "In distribution"))
-        ]
-        wins = [
-            e.setting for e in self._entries["table1"]
-            if e.method == "road" and (d := e.versus.get("test")) is not None and d.sign > 0
-        ]  # fmt: skip
-        losses = [
-            e.setting for e in self._entries["table1"]
-            if e.method == "road" and (d := e.versus.get("test")) is not None and d.sign < 0
-        ]  # fmt: skip
+        """Say what the first study that spans several settings establishes about ROAD."""
+        study = next((s for s in self._studies if self._overall[s.name]), None)
+        total = {} if study is None else {row.method: row for row in self._overall[study.name]}
+        ours = "road" if "road" in total else next(reversed(total), "")
+        if study is None or ours in ("", study.baseline):
+            return [html.paragraph("No comparison over several settings is finished yet.")]
+        base, versus = study.baseline, total[ours].versus
+        compared = [e for e in self._entries[study.name] if e.method == ours]
+        won, lost = (
+            [e.setting for e in compared if "test" in e.versus and e.versus["test"].sign == sign]
+            for sign in (1, -1)
+        )
         return [
-            *(html.paragraph(line + ".", "verdict") for line in lines),
-            html.paragraph(
-                f"Means over {len(study.settings)} settings and {seeds} seeds, {study.episodes} "
-                f"episodes of each set. Out of distribution ROAD is established as better in "
-                f"{_named(wins)} and as worse in {_named(losses)} of the {len(study.settings)}."
+            *(
+                html.paragraph(f"{where}: {verdict(versus.get(split), ours, base)}.", "verdict")
+                for split, where in (("test", "Out of distribution"), ("train", "In distribution"))
             ),
-            overall_table(self._overall["table1"], study.baseline),
+            html.paragraph(
+                f"Means over {len(study.settings)} settings; {len(study.seeds)} "
+                f"{'seeds' if len(study.seeds) > 1 else 'seed'}, {study.episodes} episodes of each "
+                f"set. Out of distribution {ours} is established as better than {base} in "
+                f"{_named(won)} and as worse in {_named(lost)} of the settings."
+            ),
+            overall_table(self._overall[study.name], base),
         ]
 
     def _section(self, study: StudyRecord) -> str:
@@ -178,16 +190,16 @@ class _Builder:
 
     def _failures(self, study: StudyRecord) -> list[str]:
         crossed = [
-            fates(self._results, study, "road", "ppo", setting)
+            fates(self._results, study, study.methods[1], study.methods[0], setting)
             for setting in _FATES
-            if setting in study.settings
+            if setting in study.settings and len(study.methods) == 2
         ]
         return [
             html.listing(told(self._results, study, study.methods)),
             bars(self._results, study, self._output),
             bars(self._results, study, self._output, split="train"),
             *crossed,
-            players(self._results, study, ("ppo", "road")),
+            players(self._results, study, study.methods),
         ]
 
     def _cost(self, study: StudyRecord) -> list[str]:
