@@ -102,7 +102,7 @@ class _Measuring:
     def final(self) -> Iterator[Outcomes]:
         budget, cell = self._grid.budget, self._cell
         checkpoint = self._checkpoint(None)
-        filmed = budget.filmed if cell.seed == 0 else 0
+        filmed = budget.filmed if cell.seed == 0 and cell.experiment is not None else 0
         for env, result in self._measure(
             checkpoint, self._folder / "evaluation", budget.episodes, filmed
         ):

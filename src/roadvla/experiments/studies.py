@@ -74,10 +74,12 @@ def run_studies(request: StudyRequest) -> Path:
     """
     root = request.output or Path("runs") / f"study-{request.sim}-{request.budget}"
     command = _command(request, root)
-    grid = _grid(request, root, command)
+    for name in ("jobs", "episodes"):
+        value = getattr(request, name)
+        if value is not None and value < 1:
+            raise UserError(f"{name} is {value}: expected 1 or more")
     usable_device(request.device)
-    if request.jobs < 1:
-        raise UserError(f"jobs is {request.jobs}: expected 1 or more")
+    grid = _grid(request, root, command)
     for study in grid.studies:
         write_study(study, grid.root / "studies")
     with continued_by(command):

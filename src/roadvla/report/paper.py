@@ -5,7 +5,7 @@ Source: ROAD-VLA, arXiv:2606.25800, Tables 1, 2 and 5; OpenVLA-7B on ManiSkill, 
 
 from __future__ import annotations
 
-Cell = tuple[float, float]
+Cell = tuple[float | int, float | int]
 
 TABLE_1: dict[str, dict[str, dict[str, Cell]]] = {
     "VR-UnseenTable": {

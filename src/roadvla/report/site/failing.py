@@ -99,7 +99,7 @@ def fates(results: Results, study: StudyRecord, ours: str, theirs: str, setting:
     rows = [
         [
             html.text(WORDS[MODES[i]]),
-            *(_count(total[i, j], same=i == j) for j in used),
+            *(_count(int(total[i, j]), same=i == j) for j in used),
             str(total[i].sum()),
         ]
         for i in used

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from roadvla.evaluation.evaluate import SPLITS
 from roadvla.evaluation.stats import Estimate
-from roadvla.report.paper import PRINTED
+from roadvla.report.paper import PRINTED, Cell
 from roadvla.report.site import html
 from roadvla.report.site.numbers import Entry, Overall, interval
 
@@ -150,10 +150,16 @@ def _versus(entry: Entry, split: str) -> str:
 
 
 def _gap(estimate: Estimate | None) -> str:
-    return _difference(estimate).replace(" ▲", "").replace(" ▼", "") if estimate else "–"
+    """Δ is large and positive everywhere: no mark says whether it is established."""
+    if estimate is None:
+        return "–"
+    return (
+        f'<span data-sort="{estimate.mean}">{100 * estimate.mean:+.1f}</span> '
+        f'<span class="interval">[{interval(estimate, sign=True)}]</span>'
+    )
 
 
-def _printed(cell: tuple[float, float] | None) -> str:
+def _printed(cell: Cell | None) -> str:
     return "–" if cell is None else f"{cell[0]:g} ± {cell[1]:g}"
 
 

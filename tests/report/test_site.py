@@ -1,0 +1,254 @@
+"""The page: numbers by hand, nothing unescaped, nothing hidden, and it works in a browser."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from factory import make_run
+from results_factory import SEEDS, SETTINGS, record, study, write_results
+
+from roadvla.cli import main
+from roadvla.evaluation.records import write_record
+from roadvla.evaluation.results import read_results
+from roadvla.report.site import write_page
+from roadvla.report.site.numbers import entries, overall, verdict
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+ALL = ("table1", "table2", "alpha", "dynamics", "grasp", "failures", "readings", "cost")
+
+
+class Reader(HTMLParser):
+    """Collects ids, links, sources and tags that were opened and never closed."""
+
+    VOID = ("meta", "link", "input", "br", "img", "path", "use", "rect", "line", "circle", "image")
+
+    def __init__(self):
+        super().__init__()
+        self.ids, self.links, self.open, self.sources = [], [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        found = dict(attrs)
+        if "id" in found:
+            self.ids.append(found["id"])
+        if "href" in found:
+            self.links.append(found["href"])
+        self.sources += [found[name] for name in ("src", "srcset") if name in found]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        if tag not in self.VOID:
+            assert self.open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory) -> Path:
+    root = write_results(tmp_path_factory.mktemp("results"), studies=[study(n) for n in ALL])
+    return write_page(read_results(root), root / "report", command="roadvla report results")
+
+
+def test_the_page_stands_alone(page):
+    text = page.read_text()
+    reader = Reader()
+    reader.feed(text)
+    assert reader.open == []
+    assert reader.sources == []
+    assert len(set(reader.ids)) == len(reader.ids)
+    outside = [link for link in reader.links if not link.startswith(("#", "data:", "figures/"))]
+    assert outside == []
+    for link in reader.links:
+        if link.startswith("#"):
+            assert link[1:] in reader.ids
+        elif link.startswith("figures/"):
+            assert (page.parent / link).stat().st_size > 1000
+    assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
+    assert page.stat().st_size < 15e6
+
+
+def test_every_table_and_figure_can_be_read_aloud(page):
+    text = page.read_text()
+    assert text.count("<table") == text.count("<caption>")
+    assert text.count("<figure>") == text.count("<summary>The numbers in words</summary>")
+    assert "<th>" not in text  # each says of what it is the heading
+    assert 'lang="en"' in text
+    assert 'class="skip"' in text
+
+
+def test_every_study_has_its_section_and_the_papers_claim(page):
+    text = page.read_text()
+    for name in ALL:
+        assert f'<section id="{name}"' in text
+        assert f'<a href="#{name}">' in text
+    assert "The paper: A claim." in text
+    assert "The paper&#x27;s (OpenVLA-7B, ManiSkill)" in text
+
+
+# PPO: 200 episodes, harder ones fail for all; so ROAD solves what PPO does and a tenth more.
+def test_numbers_are_those_of_the_records(page):
+    results = read_results(page.parents[1])
+    found = entries(results, results.studies["table1"], p_values=True)
+    road = next(e for e in found if (e.method, e.setting) == ("road", "CR-MultiObject"))
+    rates = [
+        {m: results.records[f"{m}-CR-MultiObject-seed{s}"].outcome("CR-MultiObject", "test")
+         for m in ("ppo", "road")}
+        for s in SEEDS
+    ]  # fmt: skip
+    means = {m: [r[m].success.mean() for r in rates] for m in ("ppo", "road")}
+    assert road.spread["test"] == (
+        pytest.approx(np.mean(means["road"])),
+        pytest.approx(np.std(means["road"], ddof=1)),
+    )
+    assert road.versus["test"].mean == pytest.approx(np.mean(means["road"]) - np.mean(means["ppo"]))
+    assert road.versus["test"].sign == 1
+    assert road.p["test"] <= road.adjusted["test"] <= 3 * road.p["test"] + 1e-12
+    assert (road.env_steps, road.extra_env_steps) == (10_000, 10_000)
+    text = page.read_text()
+    assert f"{100 * np.mean(means['road']):.1f} ± " in text
+
+
+def test_the_average_is_over_settings_and_common_seeds(tmp_path):
+    root = write_results(tmp_path, leave_out=("road-CR-MultiObject-seed1",))
+    results = read_results(root)
+    _, road = overall(results, results.studies["table1"])
+    expected = np.mean(
+        [
+            results.records[f"road-{e}-seed{s}"].outcome(e, "test").success.mean()
+            for e in SETTINGS
+            for s in (0, 2)
+        ]
+    )
+    assert road.mean["test"][0] == pytest.approx(expected)
+    assert road.improvement["test"].mean == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gain", "says"), [(0.1, "road better ("), (0.0, "no difference established (")]
+)
+def test_the_verdict_is_what_the_interval_establishes(tmp_path, gain, says):
+    results = read_results(write_results(tmp_path, gain=gain))
+    text = write_page(results, tmp_path / "report").read_text()
+    head = text[text.index('id="in-short"') : text.index('<section id="table1"')]
+    assert says in head
+    assert verdict(None, "road", "ppo") == "not measured yet"
+    table = text[text.index('<section id="table1"') :].split("</table>")[0]
+    assert ('title="better"' in table) == (gain > 0)
+
+
+def test_what_is_missing_is_said_and_never_averaged(tmp_path):
+    root = write_results(tmp_path, leave_out=("road-CR-MultiObject-seed1",))
+    text = write_page(read_results(root), tmp_path / "report").read_text()
+    assert "Not finished: table1 (1 of 19 cells missing)" in text
+    assert "To finish: roadvla study table1" in text
+    assert "2 of 3 seeds" in text
+    shutil.rmtree(root / "records")
+    (root / "records").mkdir()
+    text = write_page(read_results(root), tmp_path / "report").read_text()
+    assert "No comparison over several settings is finished yet" in text
+    assert "not run" in text
+
+
+def test_what_files_say_is_escaped(tmp_path):
+    root = write_results(tmp_path, studies=[study(title="<script>alert(1)</script>")])
+    evil = record("ppo", "VR-UnseenTable", 0, (0.6, 0.4), machine='<img src=x onerror="1">')
+    write_record(replace(evil, config={"a": "</pre><b>"}), root / "records")
+    text = write_page(read_results(root), tmp_path / "report", command="<i>").read_text()
+    for bad in ("<script>alert", "<img", "</pre><b>", "<i>"):
+        assert bad not in text
+
+
+def test_tables_are_files_too(page):
+    text = (page.parent / "tables" / "table1.md").read_text()
+    assert "| CR-MultiObject | road | 3 of 3 |" in text
+    assert "| mean | road |" in text
+    numbers = json.loads((page.parent / "tables" / "tables.json").read_text())
+    assert set(numbers) == set(ALL)
+
+
+def test_a_results_folder_is_reported_by_the_command(tmp_path, capsys):
+    root = write_results(tmp_path / "results")
+    assert main(["report", str(root)]) == 0
+    assert capsys.readouterr().out.strip() == str(root / "report" / "report.html")
+    path = root / "records" / "ppo-CR-MultiObject-seed0.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1', 1))
+    assert main(["report", str(root)]) == 2
+    said = capsys.readouterr().err
+    assert "was changed after it was written" in said
+    assert said.count("\n") == 1
+    assert main(["report", str(root), str(root)]) == 2
+    assert main(["report", str(root), "--baseline", "ppo"]) == 2
+
+
+def test_run_folders_get_the_page_too(tmp_path):
+    for name, algo in (("ppo", "ppo"), ("road", "road")):
+        make_run(tmp_path / name, name=name, algo=algo, film=2)
+    assert main(["report", str(tmp_path), "--output", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.html").read_text()
+    assert "Success in every setting" in text
+    assert 'class="film"' in text
+    assert "VR-UnseenTable, <b>road</b>" in text
+
+
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+_FLAGS = (
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--enable-logging=stderr", "--log-level=0", "--virtual-time-budget=4000"),
+)
+_PROBE = """
+<script>
+addEventListener("load", () => {
+  const wide = document.documentElement.scrollWidth > innerWidth + 1;
+  const before = getComputedStyle(document.body).backgroundColor;
+  const toggle = document.querySelector("button.theme");
+  toggle.click();
+  const after = getComputedStyle(document.body).backgroundColor;
+  const sorter = document.querySelector("table.sortable th button");
+  sorter.click();
+  const hidden = [...document.querySelectorAll("figure svg")].filter(
+    (svg) => svg.getBoundingClientRect().height < 50).length;
+  const film = document.querySelector("figure.film");
+  let moved = "none";
+  if (film) {
+    const slider = film.querySelector("input");
+    slider.value = 2;
+    slider.dispatchEvent(new Event("input"));
+    moved = film.querySelector(".frame").style.backgroundPositionX;
+  }
+  document.title = JSON.stringify({
+    wide, theme: before !== after, hidden, moved,
+    figures: document.querySelectorAll("figure svg").length,
+    sorted: sorter.closest("th").getAttribute("aria-sort"),
+  });
+});
+</script></body>"""
+
+
+@needs_browser
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, False), (1280, True)])
+def test_the_page_works_in_a_browser(page, tmp_path, width, dark):
+    probed = tmp_path / "report.html"
+    probed.write_text(page.read_text().replace("</body>", _PROBE))
+    flags = [*_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
+    flags += ["--force-dark-mode"] if dark else []
+    command = [str(CHROMIUM), *flags, "--dump-dom", f"file://{probed}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1].replace("&quot;", '"'))
+    assert found["wide"] is False
+    assert found["theme"] is True
+    assert found["hidden"] == 0
+    assert found["figures"] >= 9
+    assert found["sorted"] == "descending"
