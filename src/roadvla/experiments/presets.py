@@ -197,7 +197,7 @@ _ALL = {
     "checkpoint": "the small policy starts from a backbone that the package ships",
     "openvla.norm_key": "a checkpoint's only action statistics need no name",
     "checkpoint_every": "an iteration takes seconds",
-    "algorithm.epochs": "PPO's best of 1, 3 and 5, if within the intervals (`study epochs`)",
+    "algorithm.epochs": "the choice of `docs/readings.md`; `study readings` varies it",
     "algorithm.entropy_coef": "the small policy starts at 1.4 nats a token; 0.01 would flatten it",
     "algorithm.value_only_iterations": "the value head starts untrained",
     "optimizer.value_learning_rate": "a smaller head on a detached trunk",
