@@ -342,6 +342,7 @@ def test_an_adapter_folder_is_evaluated_and_continued(folder: Path, tmp_path: Pa
         pytest.param(
             ("--algo", "road", "--alpha", 0, "--teacher-logits", "rollout"), marks=pytest.mark.slow
         ),
+        ("--algo", "road", "--hints", "plan", "--divergence", "jsd"),
         ("--dtype", "bfloat16"),
         ("--activation-checkpointing", "--preprocess", "pil", "--no-lora-lm-head"),
     ],

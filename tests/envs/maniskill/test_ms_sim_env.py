@@ -12,12 +12,15 @@ from ms_recorded import SHARED, needs_assets
 from ms_sim import simulator  # noqa: F401
 
 from roadvla import cli, envs
+from roadvla.envs.base import Privileged
 from roadvla.envs.maniskill import expert
 from roadvla.envs.maniskill.env import ManiSkillEnv
 from roadvla.envs.maniskill.options import ManiSkillSettings
 from roadvla.envs.maniskill.outputs import Recipe
 from roadvla.envs.maniskill.workers import WorkerError, Workers
 from roadvla.errors import UserError
+from roadvla.evaluation.failures import MODES, EventLog
+from roadvla.privileged.relspatial import relspatial_hints
 
 pytestmark = pytest.mark.sim
 
@@ -53,6 +56,32 @@ def test_the_expert_grasps_places_and_is_paid():
     for before, after in pairwise(range(int(first.max()), env.horizon)):
         assert torch.equal(steps[before].image, steps[after].image)
         assert bool((steps[after].reward == 0).all())
+    env.close()
+
+
+def test_a_snapshot_says_where_things_are_and_how_the_episode_ends():
+    env = make(2)
+    env.reset(torch.tensor([0, 1]))
+    assert isinstance(env, Privileged)
+    log = EventLog(env.snapshot())
+    idle = EventLog(env.snapshot())
+    start = env.snapshot()
+    assert start.held.tolist() == [-1, -1]
+    assert start.is_open.all()
+    assert start.objects.shape == start.receptacles.shape == (2, 1, 3)
+    assert bool((start.tip[:, 2] > start.objects[:, 0, 2]).all())
+    hints = relspatial_hints(start, env.instructions)
+    assert all(" below" in hint.split(" gripper")[0] for hint in hints)
+    held = []
+    for _ in range(env.horizon):
+        step = env.step(expert.act(env))
+        log.note(env.snapshot(), step.info["success"])
+        held.append(env.snapshot().held)
+    assert bool((torch.stack(held) == 0).any(dim=0).all())
+    modes, _ = log.outcome(step.info["success"], step.info["success_once"])
+    assert [MODES[mode] for mode in modes] == ["success", "success"]
+    none = torch.zeros(2, dtype=torch.bool)
+    assert [MODES[mode] for mode in idle.outcome(none, none)[0]] == ["no_grasp", "no_grasp"]
     env.close()
 
 
