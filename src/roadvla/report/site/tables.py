@@ -77,7 +77,6 @@ def readings_table(entries: Sequence[Entry], baseline: str) -> str:
     rows = []
     for entry in entries:
         if not entry.rate:
-            rows.append([_heading(entry), *["not run"] * 2, *["–"] * 3])
             continue
         steps = entry.env_steps + entry.extra_env_steps
         equal = base is not None and steps == base.env_steps + base.extra_env_steps
@@ -86,7 +85,7 @@ def readings_table(entries: Sequence[Entry], baseline: str) -> str:
         )
         rows.append(
             [
-                _heading(entry),
+                _heading(entry, setting=False),
                 *(_rate(entry, split) for split in SPLITS),
                 *(_versus(entry, split) for split in SPLITS),
                 f'<span data-sort="{steps}">{label}{" =" if equal else ""}</span>',
@@ -99,16 +98,19 @@ def readings_table(entries: Sequence[Entry], baseline: str) -> str:
         f"zero; no correction is made for the number of rows, so about one in twenty such marks "
         f"would appear without any difference."
     )
-    return html.table(caption, head, rows, sortable=True)
+    left = [entry.method for entry in entries if not entry.rate]
+    said = f"Not run: {', '.join(left)}." if left else ""
+    return html.table(caption, head, rows, sortable=True) + html.paragraph(said, "note")
 
 
-def _heading(entry: Entry) -> str:
+def _heading(entry: Entry, *, setting: bool = True) -> str:
     seeds = (
         ""
         if entry.complete
         else f' <span class="short">{len(entry.seeds)} of {entry.wanted} seeds</span>'
     )
-    return f"{html.text(entry.setting)}, <b>{html.text(entry.method)}</b>{seeds}"
+    where = f"{html.text(entry.setting)}, " if setting else ""
+    return f"{where}<b>{html.text(entry.method)}</b>{seeds}"
 
 
 def _rate(entry: Entry, split: str) -> str:
@@ -140,8 +142,8 @@ def _difference(estimate: Estimate | None, p: float | None = None) -> str:
     said = f'<span class="mark" title="{words}">{mark}</span>' if mark else ""
     tail = "" if p is None else f' <span class="p">p = {p:.2g}</span>'
     return (
-        f'<span data-sort="{estimate.mean}">{100 * estimate.mean:+.1f}</span> '
-        f'<span class="interval">[{interval(estimate, sign=True)}]</span>{said}{tail}'
+        f'<span data-sort="{estimate.mean}">{100 * estimate.mean:+.1f}</span>{said} '
+        f'<span class="interval">[{interval(estimate, sign=True)}]</span>{tail}'
     )
 
 
