@@ -138,6 +138,7 @@ def test_a_run_learns_from_each_kind(tmp_path, kind):
     folder = run(tmp_path / "run", kind)
     rows = read_metrics(folder)
     assert "loss/agd" not in rows[-1]
+    assert {"loss/self_distillation", "guidance/hinted"} <= set(rows[-1])
     if kind == "mcts":
         assert rows[0]["guidance/hinted"] == 0.0
     else:
