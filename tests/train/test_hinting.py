@@ -134,14 +134,19 @@ def run(folder: Path, kind: str, **changes) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["relspatial", "plan", "mcts"])
-def test_a_run_learns_from_each_kind(tmp_path, kind):
+def test_a_run_learns_from_each_kind(tmp_path, kind, capsys):
     folder = run(tmp_path / "run", kind)
+    silent = (
+        "no rollout has succeeded, so the MCTS teacher never had a hint" in capsys.readouterr().err
+    )
     rows = read_metrics(folder)
     assert "loss/agd" not in rows[-1]
     assert {"loss/self_distillation", "guidance/hinted"} <= set(rows[-1])
     if kind == "mcts":
         assert rows[0]["guidance/hinted"] == 0.0
+        assert silent == (rows[-1]["guidance/hinted"] == 0.0)
     else:
+        assert not silent
         assert rows[0]["guidance/hinted"] == 1.0
         assert rows[-1]["loss/self_distillation"] > 0.0
 

@@ -40,6 +40,11 @@ class Hinter(Protocol):
         """Give a rollout, whose every step was observed, its hinted prompts; forget the steps."""
         ...
 
+    @property
+    def silent(self) -> str:
+        """Why it has nothing to say; ``""`` if it has."""
+        ...
+
     def tensors(self) -> dict[str, Tensor]:
         """What it has learned, for a checkpoint."""
         ...
@@ -91,6 +96,11 @@ class StateHinter:
         prompts, self._prompts = self._prompts, []
         return _with_prompts(rollout, policy, prompts, torch.ones_like(rollout.active))
 
+    @property
+    def silent(self) -> str:
+        """There is always a state to describe."""
+        return ""
+
     def tensors(self) -> dict[str, Tensor]:
         """Nothing is learned."""
         return {}
@@ -130,6 +140,16 @@ class SuccessHinter:
         if len(action):
             self.tree = self.tree.grow(features[succeeded], action, q[succeeded])
         return hinted
+
+    @property
+    def silent(self) -> str:
+        """There is nothing to tell before the first success."""
+        if self.tree.size:
+            return ""
+        return (
+            "no rollout has succeeded, so the MCTS teacher never had a hint: nothing was distilled "
+            "(guidance/hinted is 0)"
+        )
 
     def tensors(self) -> dict[str, Tensor]:
         """The tree."""

@@ -119,6 +119,8 @@ def _loop(trainer: Trainer, folder: Path) -> None:
                     trainer.save(folder)
         if interrupts.requested:
             raise KeyboardInterrupt
+        if trainer.silent:
+            display.say(f"warning: {trainer.silent}")
         results = folder / "evaluation"
         if experiment.evaluation.final_episodes and not trainer.is_evaluated(results):
             display.say("final evaluation, in and out of distribution")
@@ -267,6 +269,11 @@ class Trainer:
             for result in results
         )
         return train_split, test_split
+
+    @property
+    def silent(self) -> str:
+        """Why a text-guided teacher had nothing to say; ``""`` if it had, or if there is none."""
+        return "" if self._hinter is None else self._hinter.silent
 
     def close(self) -> None:
         """Free what the environment holds."""
