@@ -96,6 +96,7 @@ def test_success():
     assert all(0 < r <= g < p for r, g, p in zip(
         events["reach"], events["grasp"], events["place"], strict=True))  # fmt: skip
     assert events["grasps"] == [1] * 4
+    assert all(x < 10 for x in events["closest_mm"])
     assert all(x < 1000 * SUCCESS_RADIUS for x in events["goal_mm"])
 
 
@@ -113,6 +114,13 @@ def test_wrong_receptacle():
     other = puppet.env.scene.receptacle_xy[:, 1]
     modes, _ = lift(puppet).to(other, CLOSED).to(other, CLOSED, height=0.04).end()
     assert modes == ["wrong_receptacle"] * 4
+
+
+def test_what_is_held_over_another_receptacle_does_not_lie_there():
+    puppet = Puppet("CR-MultiReceptacle").grasp()
+    other = puppet.env.scene.receptacle_xy[:, 1]
+    modes, _ = lift(puppet).to(other, CLOSED).end(CLOSED)
+    assert set(modes) <= {"drift", "held"}
 
 
 def test_wrong_object():
@@ -160,9 +168,13 @@ def test_what_was_held_before_the_object_moved_does_not_count():
 def test_a_carried_object_has_not_jumped():
     puppet = Puppet().grasp()
     lift(puppet)
+    before, rest = puppet.env.state.object_position[:, 0], puppet.log._rest[:, 0].clone()
     fast = torch.tensor([0.04, 0.04, 0.0, 0.0, 0.0, 0.3]).expand(4, 6)
     puppet.act(fast, CLOSED)
     assert puppet.log._held_since.all()
+    moved = puppet.env.state.object_position[:, 0] - before
+    assert (moved[:, :2].norm(dim=1) > 0.05).all()
+    assert torch.equal(puppet.log._rest[:, 0], rest)
 
 
 def test_an_episode_ends_alike_in_any_batch():

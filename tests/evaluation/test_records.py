@@ -78,6 +78,7 @@ def resealed(path, change):
         lambda d: d["outcomes"][0].update(success="%%%"),
         lambda d: d["outcomes"][0].update(split="val"),
         lambda d: d["outcomes"][0].update(modes="zz"),
+        lambda d: d["outcomes"][0].update(modes="aa"),
         lambda d: d.pop("curve"),
         lambda d: d.update(more=1),
         lambda d: d.update(curve=[{"env": "x"}]),

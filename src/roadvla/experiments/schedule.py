@@ -81,8 +81,6 @@ def _start_ready(state: _State, grid: Grid, executor: Executor, origin: Origin) 
     for name, cell in list(state.todo.items()):
         if len(state.running) >= executor.slots:
             return
-        if any(grid.cells[other].alone for other in state.running):
-            return
         if not all(need in state.finished for need in cell.needs):
             continue
         if cell.alone and (state.running or _ordinary_left(state)):
