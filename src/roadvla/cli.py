@@ -252,7 +252,7 @@ def study(arguments: list[str]) -> None:
         for known in STUDIES.values():
             print(f"  {known.name:<10} {known.title}{f' ({known.paper})' if known.paper else ''}")
         return
-    form = form_of(StudyRequest(names=tuple(names)))
+    form = form_of(StudyRequest(names=tuple(names)), fixed=("names",))
     print(run_studies(value_of(StudyRequest, parse(form, "study", flags))))
 
 

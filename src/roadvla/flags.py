@@ -50,12 +50,19 @@ def bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
     return note
 
 
-def form_of(default: Any, *, short: tuple[str, ...] = (), **extra: tuple[Any, Any, str]) -> type:
+def form_of(
+    default: Any,
+    *,
+    short: tuple[str, ...] = (),
+    fixed: tuple[str, ...] = (),
+    **extra: tuple[Any, Any, str],
+) -> type:
     """Make a form of a dataclass value's fields, each defaulting to what the value holds.
 
     Args:
         default: The value, e.g. a preset.
         short: Nested fields whose flags drop the prefix: ``--eta`` for ``--algorithm.eta``.
+        fixed: Fields that are no flags and keep the value's.
         extra: Further flags: type, default and help of each.
     """
     hints = get_type_hints(type(default))
@@ -64,6 +71,8 @@ def form_of(default: Any, *, short: tuple[str, ...] = (), **extra: tuple[Any, An
         hint = hints[item.name]
         if item.name in short:
             hint = tyro.conf.OmitArgPrefixes[hint]
+        if item.name in fixed:
+            hint = tyro.conf.Suppress[tyro.conf.Fixed[hint]]
         columns.append((item.name, hint, field(default=getattr(default, item.name))))
     for name, (kind, value, purpose) in extra.items():
         about = Annotated[kind, tyro.conf.arg(help=purpose), tyro.conf.FlagCreatePairsOff]

@@ -97,6 +97,7 @@ def test_a_record_edited_by_hand_stops_everything(finished, tmp_path, capsys):
         (("table1", "--budget", "smoke", "--settings", "VR"), "unknown setting 'VR'"),
         (("table1", "--budget", "smoke", "--jobs", "0"), "jobs is 0"),
         (("table1", "--budget", "small"), "small"),
+        (("table1", "--names", "table2"), "--names"),
         (("table1", "--budget", "smoke", "--device", "cuda:99"), "not available here"),
         (("table1", "--budget", "smoke", "--sim", "mujoco"), "unknown simulator"),
         (("table1", "--budget", "smoke", "--episodes", "0"), "episodes is 0"),
