@@ -1,4 +1,8 @@
-"""Aggregates against independent implementations, on random data."""
+"""Aggregates against independent implementations, on random data.
+
+rliable itself is no dependency of the tests: its newest release needs arch < 8, which pandas 3
+breaks. Its answers on one table, made apart, are written down here.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.proportion import proportion_confint
 
 from roadvla.evaluation.aggregate import (
+    SMALLEST_P,
     holm,
     iqm,
     iqm_difference,
@@ -18,38 +22,107 @@ from roadvla.evaluation.aggregate import (
     p_value,
     probability_of_improvement,
 )
-from roadvla.evaluation.stats import paired_difference, t_interval, wilson
+from roadvla.evaluation.stats import bootstrap, paired_difference
 
 seeds = st.integers(0, 10_000)
 
+# Percent, settings by seeds, and what rliable 1.2.0 says of them (arch 7.2.0, 50 000 draws).
+OURS = np.array([
+    [77, 77, 64, 87, 73], [69, 66, 55, 70, 71], [69, 41, 53, 52, 77], [64, 42, 55, 87, 76],
+    [55, 86, 50, 85, 47], [44, 42, 53, 66, 88], [68, 53, 46, 80, 83],
+])  # fmt: skip
+THEIRS = np.array([
+    [69, 75, 62, 43], [63, 70, 41, 79], [31, 50, 36, 78], [36, 46, 52, 45], [53, 38, 63, 40],
+    [70, 42, 51, 62], [35, 77, 42, 60],
+])  # fmt: skip
+RLIABLE_IQM = (0.64947368, 0.59105263, 0.71052632)
+RLIABLE_IMPROVEMENT = (0.70714286, 0.56428571, 0.83571429)
 
-def outcomes(seed: int, *, gain: float, runs=3, episodes=60):
+
+def outcomes(seed: int, *, gain: float, runs=3, episodes=60, loss=0.05):
     generator = np.random.default_rng(seed)
     base = generator.random((runs, episodes)) < 0.5
     better = base | (generator.random((runs, episodes)) < gain)
+    better &= generator.random((runs, episodes)) >= loss
     return better.astype(int), base.astype(int)
 
 
-@settings(max_examples=8, deadline=None)
-@given(seeds, st.sampled_from([0.0, 0.05, 0.15, 0.4]), st.sampled_from([0.01, 0.05, 0.2]))
-def test_p_is_the_level_at_which_the_interval_lets_go_of_zero(seed, gain, alpha):
-    ours, theirs = outcomes(seed, gain=gain)
+@settings(max_examples=30, deadline=None)
+@given(
+    seeds,
+    st.sampled_from([(1, 25), (1, 400), (2, 30), (3, 60), (5, 20)]),
+    st.sampled_from([0.0, 0.03, 0.1, 0.4]),
+    st.booleans(),
+)
+def test_p_is_the_level_at_which_the_interval_lets_go_of_zero(seed, shape, gain, swap):
+    ours, theirs = outcomes(seed, gain=gain, runs=shape[0], episodes=shape[1])
+    if swap:
+        ours, theirs = theirs, ours
     p = p_value(ours, theirs)
-    established = paired_difference(ours, theirs, level=1 - alpha).sign != 0
-    if abs(p - alpha) > 1e-6:
-        assert established == (p < alpha)
-    assert p_value(theirs, ours) == pytest.approx(p, rel=0.05)
+    for alpha in (1e-3, 0.01, 0.05, 0.2, 0.5, p * (1 - 1e-6), p * (1 + 1e-6)):
+        if SMALLEST_P <= alpha < 1:
+            established = paired_difference(ours, theirs, level=1 - alpha).sign != 0
+            assert established == (p <= alpha), (p, alpha)
+    assert p_value(theirs, ours) == p
+
+
+def component_tails(difference, generator):
+    """Two-sided p of each interval, from scipy and a bootstrap by loops."""
+    runs, episodes = difference.shape
+    draws = [
+        difference[generator.integers(runs, size=runs)][
+            :, generator.integers(episodes, size=episodes)
+        ].mean()
+        for _ in range(4000)
+    ]
+    up, down = ((sign * difference > 0).sum() + 1 for sign in (1, -1))
+    n = difference.size + 2
+    error = np.sqrt((up + down) / n - ((up - down) / n) ** 2) / np.sqrt(n)
+    return (
+        2 * min(np.mean(np.array(draws) <= 0), np.mean(np.array(draws) >= 0)),
+        scipy_stats.ttest_1samp(difference.mean(1), 0).pvalue if runs > 1 else 0.0,
+        2 * scipy_stats.norm.sf(abs(up - down) / n / error),
+    )
+
+
+# The tables are chosen so that each of the three is the largest somewhere, by far.
+@pytest.mark.parametrize(
+    ("decides", "case", "gain", "shape"),
+    [(0, 2, 0.2, (3, 60)), (0, 8, 0.1, (3, 60)), (1, 7, 0.2, (3, 60)), (2, 2, 0.1, (1, 30))],
+)
+def test_p_is_the_largest_of_three(decides, case, gain, shape):
+    ours, theirs = outcomes(case, gain=gain, runs=shape[0], episodes=shape[1])
+    tails = component_tails(ours.astype(float) - theirs, np.random.default_rng(case))
+    assert np.argmax(tails) == decides, tails
+    tolerance = {"abs": 0.025} if decides == 0 else {"rel": 1e-9}
+    assert p_value(ours, theirs) == pytest.approx(max(tails), **tolerance)
 
 
 def test_p_is_between_its_bounds():
     same = np.ones((3, 20), dtype=int)
-    assert p_value(same, same) == pytest.approx(1.0)
-    assert p_value(same, 1 - same) >= 1e-4
+    assert p_value(same, same) == 1.0
+    assert p_value(same, 1 - same) >= SMALLEST_P
     none = np.zeros((1, 400), dtype=int)
-    assert p_value(1 - none, none) == 1e-4
+    assert p_value(1 - none, none) == SMALLEST_P == 1e-4
 
 
-@settings(max_examples=50, deadline=None)
+def test_p_by_hand():
+    # 4 gained, 0 lost of 64: (5 − 1)/66 over sqrt((6/66 − (4/66)²)/66) = 0.0606061/0.0363561 =
+    # 1.667011 standard errors, 9.5512 % on both sides; no draw is below 0 and few are 0.
+    none, four = np.zeros((1, 64)), np.zeros((1, 64))
+    four[0, :4] = 1
+    assert p_value(four, none) == pytest.approx(0.095512, abs=1e-5)
+
+
+def test_holm_by_hand():
+    # Sorted 0.01 0.02 0.03 0.6, times 4, 3, 2, 1: 0.04 0.06 0.06 0.6; equal ones stay equal.
+    assert holm([0.03, 0.6, 0.01, 0.02]) == pytest.approx([0.06, 0.6, 0.04, 0.06])
+    assert holm([0.4, 0.4]) == [0.8, 0.8]
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []
+
+
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.floats(1e-4, 1.0), min_size=1, max_size=9))
 def test_holm_is_statsmodels(p_values):
     expected = multipletests(p_values, method="holm")[1]
@@ -97,7 +170,7 @@ def test_improvement_is_mann_whitneys_u(seed, m, n, ties):
     expected = np.mean([scipy_stats.mannwhitneyu(a, b).statistic / (m * n) for a, b in pairs])
     found = probability_of_improvement(ours, theirs)
     assert found.mean == pytest.approx(expected)
-    assert 0 <= found.low <= found.high <= 1
+    assert min(m, n) == 1 or 0 <= found.low <= found.high <= 1
 
 
 def test_improvement_is_certain_or_even():
@@ -122,45 +195,81 @@ def test_improvement_intervals_are_those_of_a_loop():
     assert (found.low, found.high) == (pytest.approx(low, abs=0.03), pytest.approx(high, abs=0.03))
 
 
-def test_tables_that_do_not_match_are_refused():
+@pytest.mark.parametrize(
+    ("found", "expected"),
+    [
+        (iqm_interval(OURS / 100), RLIABLE_IQM),
+        (probability_of_improvement(OURS / 100, THEIRS / 100), RLIABLE_IMPROVEMENT),
+    ],
+)
+def test_intervals_are_rliables(found, expected):
+    assert found.mean == pytest.approx(expected[0], abs=1e-8)
+    assert (found.low, found.high) == pytest.approx(expected[1:], abs=0.015)
+
+
+def test_a_narrower_level_narrows_the_interval():
+    wide, narrow = iqm_interval(OURS / 100), iqm_interval(OURS / 100, level=0.5)
+    assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
+    # Of a normal distribution the middle half is 0.674490 / 1.959964 as wide as 95 %.
+    ratio = (narrow.high - narrow.low) / (wide.high - wide.low)
+    assert ratio == pytest.approx(0.344, abs=0.04)
+
+
+def test_one_seed_tells_nothing_of_others():
+    one = OURS[:, :1] / 100
+    for found in (
+        iqm_interval(one),
+        iqm_difference(one + 0.1, one),
+        probability_of_improvement(OURS / 100, one),
+    ):
+        assert np.isnan([found.low, found.high]).all()
+        assert (found.sign, found.seeds, found.episodes) == (0, 1, 7)
+
+
+def test_tables_that_do_not_match_are_refused(unchecked):
     scores = np.zeros((3, 2))
     with pytest.raises(ValueError, match="settings"):
         probability_of_improvement(scores, np.zeros((2, 2)))
     with pytest.raises(ValueError, match="numbers of seeds"):
         iqm_difference(scores, np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="shapes differ"):
+        p_value(scores, np.zeros((1, 2)))
 
 
-@settings(max_examples=30, deadline=None)
-@given(st.integers(1, 400), st.floats(0, 1))
-def test_wilson_is_statsmodels(n, share):
-    successes = round(share * n)
-    expected = proportion_confint(successes, n, method="wilson")
-    np.testing.assert_allclose(wilson(successes, n), expected, atol=1e-9)
-
-
-@settings(max_examples=30, deadline=None)
-@given(seeds, st.integers(2, 12))
-def test_students_interval_is_scipys(seed, count):
-    values = np.random.default_rng(seed).random(count)
-    expected = scipy_stats.t.interval(
-        0.95, count - 1, loc=values.mean(), scale=scipy_stats.sem(values)
-    )
-    np.testing.assert_allclose(t_interval(values), expected, atol=1e-9)
-
-
-# The bootstrap alone, seeds and episodes drawn with replacement, is one of the three spans.
-@settings(max_examples=3, deadline=None)
+# The interval is the widest of three; here all three are made by other means.
+@settings(max_examples=5, deadline=None)
 @given(seeds)
-def test_the_interval_spans_a_nested_bootstrap_made_by_loops(seed):
+def test_the_interval_is_the_widest_of_three(seed):
     ours, theirs = outcomes(seed, gain=0.1, runs=4, episodes=50)
     difference = ours.astype(float) - theirs
     generator = np.random.default_rng(seed + 1)
     draws = []
-    for _ in range(1500):
-        rows = generator.integers(4, size=4)
-        columns = generator.integers(50, size=50)
-        draws.append(difference[rows][:, columns].mean())
-    low, high = np.quantile(draws, [0.025, 0.975])
+    for _ in range(3000):
+        rows, columns = generator.integers(4, size=4), generator.integers(50, size=50)
+        draws.append(np.mean([[difference[row, column] for column in columns] for row in rows]))
+    up, down = (((sign * difference > 0).sum() + 1) / 202 for sign in (1, -1))
+    half = scipy_stats.norm.isf(0.025) * np.sqrt((up + down - (up - down) ** 2) / 202)
+    values = difference.mean(1)
+    t = scipy_stats.t.interval(0.95, 3, loc=values.mean(), scale=scipy_stats.sem(values))
+    spans = np.array([np.quantile(draws, [0.025, 0.975]), (up - down - half, up - down + half), t])
     found = paired_difference(ours, theirs)
-    assert found.low <= low + 0.015
-    assert found.high >= high - 0.015
+    assert found.low == pytest.approx(np.nanmin(spans[:, 0]), abs=0.012)
+    assert found.high == pytest.approx(np.nanmax(spans[:, 1]), abs=0.012)
+
+
+# With one seed t drops out, and scipy draws the episodes in pairs.
+@settings(max_examples=5, deadline=None)
+@given(seeds)
+def test_the_bootstrap_of_one_seed_is_scipys_paired_one(seed):
+    ours, theirs = outcomes(seed, gain=0.1, runs=1, episodes=150)
+    expected = scipy_stats.bootstrap(
+        (ours[0], theirs[0]),
+        lambda a, b, axis: (a - b).mean(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=4000,
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    draws = bootstrap(ours.astype(float) - theirs, "episodes", 4000)
+    assert np.quantile(draws, [0.025, 0.975]) == pytest.approx(tuple(expected), abs=0.008)

@@ -117,7 +117,16 @@ def test_shared_episodes_are_not_counted_once_per_seed():
 
 
 def test_seeds_and_episodes_are_drawn_independently():
-    assert stats._bootstrap(np.eye(6), "episodes", 4000).mean() == pytest.approx(1 / 6, abs=0.01)
+    assert stats.bootstrap(np.eye(6), "episodes", 4000).mean() == pytest.approx(1 / 6, abs=0.01)
+
+
+def test_a_mean_of_zero_is_no_rounding_error():
+    # A bound at 0 must not pass for one above it: gains and losses that cancel leave exactly 0.
+    difference = outcomes(0, [0.1, 0.1, 0.1], 60) - outcomes(1, [0.1, 0.1, 0.1], 60)
+    draws = stats.bootstrap(difference, "episodes", 4000)
+    near = draws[np.abs(draws) < 1e-9]
+    assert len(near) > 50
+    assert (near == 0).all()
 
 
 def test_bootstrap_matches_a_loop_that_draws_seeds_and_episodes():
@@ -129,7 +138,7 @@ def test_bootstrap_matches_a_loop_that_draws_seeds_and_episodes():
             (rng.integers(0, 3, 3), rng.integers(0, 40, 40)) for _ in range(2000)
         )
     ]
-    draws = stats._bootstrap(table, "episodes", 4000)
+    draws = stats.bootstrap(table, "episodes", 4000)
     assert draws.mean() == pytest.approx(np.mean(loop), abs=0.01)
     assert draws.std() == pytest.approx(np.std(loop), rel=0.08)
     assert np.quantile(draws, [0.1, 0.9]) == pytest.approx(np.quantile(loop, [0.1, 0.9]), abs=0.02)
@@ -140,7 +149,7 @@ def test_bootstrap_of_one_seed_is_scipys():
     expected = scipy_stats.bootstrap(
         (table[0],), np.mean, n_resamples=4000, method="percentile", rng=np.random.default_rng(2)
     ).confidence_interval
-    low, high = np.quantile(stats._bootstrap(table, "episodes", 4000), [0.025, 0.975])
+    low, high = np.quantile(stats.bootstrap(table, "episodes", 4000), [0.025, 0.975])
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.015)
 
 
@@ -208,5 +217,5 @@ def test_differences_refuse_what_cannot_be_paired(without_shape_checks):
 def test_results_repeat():
     table = outcomes(0, [0.5, 0.6, 0.7], 100)
     first = seed_interval(table)
-    stats._weights.cache_clear()
+    stats._counts.cache_clear()
     assert seed_interval(table) == first

@@ -2,49 +2,52 @@
 
 Scores are tables with one row per setting and one column per seed. What is drawn in a bootstrap
 over them are the seeds of each setting, as Agarwal et al. (2021) do; the settings are not a sample
-of anything.
+of anything. Such intervals are too narrow with few seeds, and with one they are NaN: nothing is
+known then of other training runs. In an ``Estimate`` over settings, ``episodes`` counts the
+settings.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 from jaxtyping import Float, Real
 
-from roadvla.evaluation.stats import Estimate, paired_difference
+from roadvla.evaluation import stats
+from roadvla.evaluation.stats import Estimate
 
 RESAMPLES = 2000
-_SMALLEST = 1e-4
-_STEPS = 40
+SMALLEST_P = 1e-4
 
 
 def p_value(outcomes: Real[np.ndarray, "S N"], baseline: Real[np.ndarray, "S N"]) -> float:
     """Two-sided p-value of a paired difference: the least level at which it is established.
 
     So p ≤ 0.05 exactly where ``paired_difference``'s 95 % interval excludes 0. That interval is the
-    widest of three, so p is the largest of theirs; it is never below 0.0001.
+    widest of three, so p is the largest of theirs, all taken on the same side of 0. It is never
+    below 0.0001: so far out, neither draws nor normal approximations tell anything.
 
     Args:
         outcomes: 1 for success, 0 for failure; row s of both tables is the same seed.
         baseline: The same episodes under another method.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
-
-    def established(alpha: float) -> bool:
-        return paired_difference(outcomes, baseline, level=1 - alpha).sign != 0
-
-    if established(_SMALLEST):
-        return _SMALLEST
-    low, high = math.log(_SMALLEST), 0.0
-    for _ in range(_STEPS):
-        middle = (low + high) / 2
-        low, high = (low, middle) if established(math.exp(middle)) else (middle, high)
-    return math.exp(high)
+    if outcomes.shape != baseline.shape:
+        raise ValueError(f"shapes differ: {outcomes.shape} and {baseline.shape}")
+    difference = outcomes.astype(np.float64) - baseline
+    return min(1.0, max(SMALLEST_P, 2 * min(_tail(difference), _tail(-difference))))
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjust p-values so that the chance of any false claim among them stays below the level.
+
+    Step down: the smallest of m p-values is taken times m, the next times m − 1, and none is let
+    below the one before.
 
     Args:
         p_values: Of as many comparisons, in any order.
@@ -64,7 +67,9 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def iqm(scores: Real[np.ndarray, "M S"]) -> float:
     """Interquartile mean: of all runs the middle half, so that no single run decides.
 
-    Where a quarter of the runs is no whole number, it is rounded down.
+    Args:
+        scores: Success rates, settings by seeds. Where a quarter of all M·S is no whole number, it
+            is rounded down.
     """
     return float(_iqm(scores[None])[0])
 
@@ -77,11 +82,11 @@ def iqm_interval(scores: Real[np.ndarray, "M S"], level: float = 0.95) -> Estima
         level: Confidence level in (0, 1).
     """
     (drawn,) = _draws([scores], paired=True)
-    return _estimate(iqm(scores), _iqm(drawn), scores, level)
+    return _estimate(iqm(scores), _iqm(drawn), scores.shape, level)
 
 
 def iqm_difference(
-    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M S2"], level: float = 0.95
+    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M S"], level: float = 0.95
 ) -> Estimate:
     """Difference of interquartile means; seeds are drawn in pairs.
 
@@ -94,15 +99,16 @@ def iqm_difference(
         ValueError: If they have other settings or seeds.
     """
     first, second = _draws([ours, theirs], paired=True)
-    return _estimate(iqm(ours) - iqm(theirs), _iqm(first) - _iqm(second), ours, level)
+    return _estimate(iqm(ours) - iqm(theirs), _iqm(first) - _iqm(second), ours.shape, level)
 
 
 def probability_of_improvement(
-    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M2 S2"], level: float = 0.95
+    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M S2"], level: float = 0.95
 ) -> Estimate:
     """Chance that a run of one method beats one of the other on a setting, averaged over settings.
 
-    Ties count half: Mann and Whitney's U over the number of pairs.
+    Ties count half: Mann and Whitney's U over the number of pairs. Even is 0.5, not 0, so the
+    estimate's ``sign`` says nothing here.
 
     Args:
         ours: Success rates, settings by seeds.
@@ -114,7 +120,35 @@ def probability_of_improvement(
     """
     first, second = _draws([ours, theirs], paired=False)
     mean = float(_improvement(ours[None], theirs[None])[0])
-    return _estimate(mean, _improvement(first, second), ours, level)
+    shape = len(ours), min(ours.shape[1], theirs.shape[1])
+    return _estimate(mean, _improvement(first, second), shape, level)
+
+
+def _tail(difference: Float[np.ndarray, "S N"]) -> float:
+    """Largest share that one of the three intervals leaves at or below 0."""
+    draws = stats.bootstrap(difference, "episodes", stats.RESAMPLES)
+    centre, error = stats.bonett_price(difference)
+    tails = [_share_below(draws), NormalDist().cdf(-centre / error)]
+    if len(difference) > 1:
+        tails.append(_student_tail(difference.mean(1)))
+    return max(tails)
+
+
+def _share_below(draws: Float[np.ndarray, " R"]) -> float:
+    """Share of the draws at which their quantile, linear between draws as numpy's, passes 0."""
+    draws = np.sort(draws)
+    below = int((draws <= 0).sum())
+    if below in (0, len(draws)):
+        return float(below > 0)
+    last, first = draws[below - 1 : below + 1]
+    return float((below - 1 - last / (first - last)) / (len(draws) - 1))
+
+
+def _student_tail(values: Float[np.ndarray, " S"]) -> float:
+    mean, std = stats.mean_and_std(values)
+    if std == 0:
+        return float(mean <= 0)
+    return stats.t_cdf(-mean / (std / math.sqrt(len(values))), len(values) - 1)
 
 
 def _iqm(tables: Real[np.ndarray, "R M S"]) -> Float[np.ndarray, " R"]:
@@ -147,9 +181,11 @@ def _draws(tables: Sequence[np.ndarray], *, paired: bool) -> list[np.ndarray]:
 
 
 def _estimate(
-    mean: float, draws: Float[np.ndarray, " R"], scores: np.ndarray, level: float
+    mean: float, draws: Float[np.ndarray, " R"], shape: tuple[int, ...], level: float
 ) -> Estimate:
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
-    settings, seeds = scores.shape
+    settings, seeds = shape
+    if seeds == 1:
+        low = high = math.nan  # the draws cannot differ, which is not to say that runs would not
     return Estimate(mean, float(low), float(high), seeds, settings)

@@ -102,7 +102,7 @@ def seed_interval(outcomes: Real[np.ndarray, "S N"], level: float = 0.95) -> Est
     closed = wilson(round(float(outcomes.sum())), outcomes.size, level)
     if seeds == 1:
         return Estimate(float(outcomes.mean()), *closed, seeds, episodes)
-    draws = _bootstrap(outcomes, "episodes", RESAMPLES)
+    draws = bootstrap(outcomes, "episodes", RESAMPLES)
     low, high = _widest(outcomes.mean(1), draws, closed, level)
     return Estimate(float(outcomes.mean()), max(0.0, low), min(1.0, high), seeds, episodes)
 
@@ -121,9 +121,10 @@ def paired_difference(
     if outcomes.shape != baseline.shape:
         raise ValueError(f"shapes differ: {outcomes.shape} and {baseline.shape}")
     difference = outcomes.astype(np.float64) - baseline
-    draws = _bootstrap(difference, "episodes", RESAMPLES)
-    gained, lost = int((difference > 0).sum()), int((difference < 0).sum())
-    closed = _bonett_price(gained, lost, difference.size, level)
+    draws = bootstrap(difference, "episodes", RESAMPLES)
+    centre, error = bonett_price(difference)
+    half = _normal_quantile(level) * error
+    closed = max(-1.0, centre - half), min(1.0, centre + half)
     low, high = _widest(difference.mean(1), draws, closed, level)
     return Estimate(float(difference.mean()), low, high, *difference.shape)
 
@@ -141,8 +142,8 @@ def unpaired_difference(
     """
     if len(outcomes) != len(baseline):
         raise ValueError(f"numbers of seeds differ: {len(outcomes)} and {len(baseline)}")
-    draws = _bootstrap(outcomes, "episodes", RESAMPLES)
-    draws = draws - _bootstrap(baseline, "other episodes", RESAMPLES)
+    draws = bootstrap(outcomes, "episodes", RESAMPLES)
+    draws = draws - bootstrap(baseline, "other episodes", RESAMPLES)
     closed = _newcombe(outcomes, baseline, level)
     values = outcomes.mean(1) - baseline.mean(1)
     low, high = _widest(values, draws, closed, level)
@@ -165,33 +166,43 @@ def _widest(
     return min(span[0] for span in spans), max(span[1] for span in spans)
 
 
-def _bootstrap(
+def bootstrap(
     table: Real[np.ndarray, "S N"], stream: str, resamples: int
 ) -> Float[np.ndarray, " R"]:
     """Means of the table with rows and columns drawn with replacement, independently.
 
-    The same ``stream`` draws the same columns, and every table of S rows the same rows, so that
-    what is paired stays paired.
+    Sums of whole numbers are exact, so a mean of 0 is 0 and not a rounding error of either sign.
+
+    Args:
+        table: Outcomes, or differences of outcomes.
+        stream: The same stream draws the same columns, and every table of S rows the same rows, so
+            that what is paired stays paired.
+        resamples: How many draws.
     """
-    rows = _weights(table.shape[0], resamples, "seeds")
-    columns = _weights(table.shape[1], resamples, stream)
-    return ((columns @ table.T.astype(np.float64)) * rows).sum(1)
+    rows = _counts(table.shape[0], resamples, "seeds")
+    columns = _counts(table.shape[1], resamples, stream)
+    return ((columns @ table.T.astype(np.float64)) * rows).sum(1) / table.size
 
 
 @functools.lru_cache(maxsize=16)
-def _weights(count: int, resamples: int, stream: str) -> np.ndarray:
-    """How often each of ``count`` things is drawn, as shares: [resamples, count], rows sum to 1."""
+def _counts(count: int, resamples: int, stream: str) -> Float[np.ndarray, "R C"]:
+    """How often each of ``count`` things is drawn: [resamples, count], rows sum to ``count``."""
     generator = np.random.default_rng([count, *stream.encode()])
-    drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples) / count
+    drawn = generator.multinomial(count, np.full(count, 1 / count), size=resamples)
+    drawn = drawn.astype(np.float64)
     drawn.setflags(write=False)
     return drawn
 
 
-def _bonett_price(gained: int, lost: int, n: int, level: float) -> tuple[float, float]:
-    """Adjusted Wald interval of a difference of paired proportions (Bonett and Price, 2012)."""
-    up, down = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
-    half = _normal_quantile(level) * math.sqrt((up + down - (up - down) ** 2) / (n + 2))
-    return max(-1.0, up - down - half), min(1.0, up - down + half)
+def bonett_price(difference: Real[np.ndarray, "S N"]) -> tuple[float, float]:
+    """Adjusted difference of paired proportions and its standard error (Bonett and Price, 2012).
+
+    Args:
+        difference: +1 where an episode was gained, −1 where one was lost, else 0.
+    """
+    n = difference.size + 2
+    up, down = (int((sign * difference > 0).sum() + 1) / n for sign in (1, -1))
+    return up - down, math.sqrt((up + down - (up - down) ** 2) / n)
 
 
 def _newcombe(
@@ -217,15 +228,15 @@ def _normal_quantile(level: float) -> float:
 def _t_quantile(probability: float, freedom: int) -> float:
     """Quantile, above the median, of Student's t with a whole number of degrees of freedom."""
     low, high = 0.0, 1.0
-    while _t_cdf(high, freedom) < probability:
+    while t_cdf(high, freedom) < probability:
         low, high = high, 2 * high
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if _t_cdf(middle, freedom) < probability else (low, middle)
+        low, high = (middle, high) if t_cdf(middle, freedom) < probability else (low, middle)
     return (low + high) / 2
 
 
-def _t_cdf(t: float, freedom: int) -> float:
+def t_cdf(t: float, freedom: int) -> float:
     """Student's t distribution function as the finite sum for whole degrees of freedom."""
     angle = math.atan(t / math.sqrt(freedom))
     cosine = math.cos(angle)
