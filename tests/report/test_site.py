@@ -160,6 +160,19 @@ def test_what_is_missing_is_said_and_never_averaged(tmp_path):
     assert "not run" in text
 
 
+def test_one_seed_claims_nothing_over_settings(tmp_path):
+    first = study(seeds=(0,), cells={
+        m: {e: {"0": f"{m}-{e}-seed0"} for e in SETTINGS} for m in ("ppo", "road")
+    })  # fmt: skip
+    page = write_page(read_results(write_results(tmp_path, studies=[first])), tmp_path / "report")
+    text = page.read_text()
+    assert "one seed: unknown" in text
+    assert re.search(r"\bnan\b", re.sub(r"data:[^\"]*", "", text).lower()) is None
+    numbers = (page.parent / "tables" / "tables.json").read_text()
+    assert "NaN" not in numbers
+    assert json.loads(numbers)["table1"]["overall"][1]["iqm_versus"]["test"]["low"] is None
+
+
 def test_what_files_say_is_escaped(tmp_path):
     root = write_results(tmp_path, studies=[study(title="<script>alert(1)</script>")])
     evil = record("ppo", "VR-UnseenTable", 0, (0.6, 0.4), machine='<img src=x onerror="1">')

@@ -103,7 +103,7 @@ VARIANTS = tuple(
     if (logits, teacher) != ("rollout", "odd")
 )
 """combine × teacher_logits × teacher × token_weighting, as far as defined; AGD summed over tokens,
-for its mean is about 2 % of the joint policy gradient (reading R12)."""
+for its mean is small beside the joint policy gradient (reading R12)."""
 
 _BY_NAME = {method.name: method for method in VARIANTS}
 ADD_SUM = _BY_NAME["add-live-exp"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -157,7 +158,9 @@ def verdict(difference: Estimate | None, ours: str, theirs: str) -> str:
 
 
 def interval(estimate: Estimate, *, sign: bool = False) -> str:
-    """Spell an interval in percent or points."""
+    """Spell an interval in percent or points; one seed tells nothing of other runs."""
+    if math.isnan(estimate.low):
+        return "one seed: unknown"
     form = "{:+.1f}" if sign else "{:.1f}"
     return f"{form.format(100 * estimate.low)} to {form.format(100 * estimate.high)}"
 

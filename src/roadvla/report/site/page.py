@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from roadvla.errors import UserError
 from roadvla.evaluation.results import Results, StudyRecord
@@ -124,7 +126,7 @@ class _Builder:
                 "entries": [asdict(row) for row in rows],
                 "overall": [asdict(row) for row in total],
             }
-        text = json.dumps(numbers, indent=1)
+        text = json.dumps(_without_nan(numbers), indent=1, allow_nan=False)
         (folder / "tables.json").write_text(f"{text}\n", encoding="utf-8")
 
     def _headline(self) -> list[str]:
@@ -281,6 +283,15 @@ def _contents(sections: Sequence[str]) -> str:
 
 def _warned(said: Sequence[str]) -> str:
     return f'<div class="warning" role="note">{html.listing(said)}</div>' if said else ""
+
+
+def _without_nan(value: Any) -> Any:
+    """What is unknown is ``null`` in JSON."""
+    if isinstance(value, dict):
+        return {name: _without_nan(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(inner) for inner in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _named(settings: Sequence[str]) -> str:

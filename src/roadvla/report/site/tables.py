@@ -27,7 +27,7 @@ def study_table(study: str, caption: str, entries: Sequence[Entry], baseline: st
     adjusted = any(entry.adjusted for entry in entries)
     rows = []
     for entry in entries:
-        row = [_heading(entry), *(_rate(entry, split) for split in SPLITS), _gap(entry.gap)]
+        row = [_heading(entry), *(_rate(entry, split) for split in SPLITS), _unmarked(entry.gap)]
         row += [_versus(entry, split) for split in SPLITS]
         if printed:
             told = printed.get(entry.setting, {}).get(entry.method, {})
@@ -52,7 +52,7 @@ def overall_table(rows: Sequence[Overall], baseline: str) -> str:
         line += [_spread(row.mean[split]) for split in SPLITS]
         line += [_estimate(row.iqm[split]) for split in SPLITS]
         line += [_difference(row.versus.get(split)) for split in SPLITS]
-        line += [_difference(row.iqm_versus.get(split)) for split in SPLITS]
+        line += [_unmarked(row.iqm_versus.get(split)) for split in SPLITS]
         line += [_estimate(row.improvement.get(split)) for split in SPLITS]
         body.append(line)
     head = ["Method", *(NAMES[split] for _ in range(5) for split in SPLITS)]
@@ -66,7 +66,9 @@ def overall_table(rows: Sequence[Overall], baseline: str) -> str:
     ]
     caption = (
         "Over all settings. Brackets are 95 % intervals: of means, over seeds and episodes drawn "
-        "in pairs; of interquartile means and improvement, over the seeds of each setting."
+        "in pairs; of interquartile means and improvement, over the seeds of each setting as if "
+        "they were independent. Settings that share runs are not, so these are too narrow and "
+        "carry no mark."
     )
     return html.table(caption, head, body, groups=groups)
 
@@ -151,8 +153,8 @@ def _versus(entry: Entry, split: str) -> str:
     return _difference(entry.versus.get(split), entry.adjusted.get(split))
 
 
-def _gap(estimate: Estimate | None) -> str:
-    """Δ is large and positive everywhere: no mark says whether it is established."""
+def _unmarked(estimate: Estimate | None) -> str:
+    """A difference of which no mark says whether it is established, as of Δ it need not be."""
     if estimate is None:
         return "–"
     return (
