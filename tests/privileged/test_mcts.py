@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roadvla.envs.base import Snapshot
-from roadvla.privileged.mcts import ACTION_CELL, SuccessTree, returns_to_go, state_features
+from roadvla.privileged.mcts import ACTION_CELL, SuccessTree, state_features
 
 
 def states(*x: float) -> torch.Tensor:
@@ -43,14 +43,6 @@ def test_features_are_seen_from_the_tip():
             ]
         ),
     )
-
-
-# Rewards 0, 0.1, 1 at gamma 0.5: from the end 1, 0.1 + 0.5 = 0.6, 0.3.
-def test_returns_to_go_by_hand():
-    reward = torch.tensor([[0.0, 1.0], [0.1, 5.0], [1.0, 7.0]])
-    active = torch.tensor([[True, True], [True, False], [True, False]])
-    expected = torch.tensor([[0.3, 1.0], [0.6, 0.0], [1.0, 0.0]])
-    torch.testing.assert_close(returns_to_go(reward, active, 0.5), expected)
 
 
 def test_the_same_transition_shares_a_node_and_averages_its_value():

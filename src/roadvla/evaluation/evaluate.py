@@ -236,15 +236,16 @@ def _run_batch(
     instructions = tuple(world.instructions[:filmed])
     frames = [image[:filmed].clone()]
     info: dict[str, Tensor] = {}
-    log = EventLog(world.snapshot()) if isinstance(world, Privileged) else None
+    watched = world if isinstance(world, Privileged) else None
+    log = None if watched is None else EventLog(watched.snapshot())
     for _ in range(world.horizon):
         output = policy.act(
             Observation(image=image, prompt=prompt), temperature=temperature, generator=generator
         )
         step = world.step(policy.decode(output.action_tokens))
         image, info = step.image, step.info
-        if log is not None and isinstance(world, Privileged):
-            log.note(world.snapshot(), info["success"])
+        if log is not None and watched is not None:
+            log.note(watched.snapshot(), info["success"])
         if filmed:
             frames.append(image[:filmed].clone())
     columns = {name: info[name] for name in _OUTCOMES}

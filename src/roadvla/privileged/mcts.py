@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from roadvla.envs.base import Snapshot
@@ -177,24 +177,6 @@ class SuccessTree:
                 raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}")
         parts = {name: value for name, value in tensors.items() if name != "growths"}
         return cls(**parts, growths=int(tensors["growths"]))
-
-
-def returns_to_go(
-    reward: Float[Tensor, "T B"], active: Bool[Tensor, "T B"], gamma: float
-) -> Float[Tensor, "T B"]:
-    """Discounted sum of the rewards from each step on.
-
-    Args:
-        reward: Of each step.
-        active: False after an episode's end.
-        gamma: Discount γ.
-    """
-    result = torch.zeros_like(reward)
-    following = torch.zeros_like(reward[0])
-    for t in reversed(range(len(reward))):
-        following = torch.where(active[t], reward[t] + gamma * following, 0.0)
-        result[t] = following
-    return result
 
 
 def _most_visited(visits: Tensor, born: Tensor, capacity: int) -> Tensor:

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from roadvla.envs.base import Privileged, VectorEnv
 from roadvla.errors import UserError
+from roadvla.objective import gae
 from roadvla.policy.base import Policy
 from roadvla.privileged.hints import join
-from roadvla.privileged.mcts import SuccessTree, returns_to_go, state_features
+from roadvla.privileged.mcts import SuccessTree, state_features
 from roadvla.privileged.plan import plan_hints
 from roadvla.privileged.relspatial import relspatial_hints
 from roadvla.privileged.verbalise import action_hints
@@ -135,7 +136,10 @@ class SuccessHinter:
         known = torch.full_like(rollout.active, self.tree.size > 0)
         hinted = _with_prompts(rollout, policy, asked, known)
         succeeded = rollout.outcome["success"] & rollout.active
-        q = returns_to_go(rollout.reward, rollout.active, self._gamma)
+        # With λ = 1 and no values GAE's returns are the discounted sums of the rewards to come.
+        nothing = torch.zeros_like(rollout.reward)
+        ends = rollout.terminated, rollout.truncated
+        _, q = gae(rollout.reward, nothing, nothing[0], *ends, gamma=self._gamma, lam=1.0)
         action = policy.decode(rollout.action_tokens[succeeded])
         if len(action):
             self.tree = self.tree.grow(features[succeeded], action, q[succeeded])
