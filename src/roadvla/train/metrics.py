@@ -9,7 +9,7 @@ import json
 import os
 import resource
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from roadvla.errors import UserError
+from roadvla.evaluation.evaluate import Evaluation
 from roadvla.train.board import Board
 
 FILE = "metrics.jsonl"
@@ -126,6 +127,22 @@ class MetricsWriter:
     def _to_board(self, env_steps: int, metrics: Mapping[str, float]) -> None:
         with _explained(self._path.parent / "tensorboard"):
             self._board.write(env_steps, metrics)
+
+
+def evaluation_metrics(results: Iterable[Evaluation]) -> dict[str, float]:
+    """Name an evaluation's numbers as they are logged, by split."""
+    metrics: dict[str, float] = {}
+    for result in results:
+        numbers = {
+            "success_rate": result.success_rate,
+            "success_once": result.success_once_rate,
+            "grasp_rate": result.grasp_rate,
+            "low": result.success_low,
+            "high": result.success_high,
+            "episodes": float(result.episodes),
+        }
+        metrics |= {f"eval/{result.split}/{name}": value for name, value in numbers.items()}
+    return metrics
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:

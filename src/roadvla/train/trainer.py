@@ -32,7 +32,13 @@ from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
 from roadvla.train.interrupt import Interrupted, catch_interrupts
 from roadvla.train.memory import acting_sizes, loading_sizes, update_sizes, within_memory
-from roadvla.train.metrics import MetricsWriter, Stopwatch, peak_memory, to_floats
+from roadvla.train.metrics import (
+    MetricsWriter,
+    Stopwatch,
+    evaluation_metrics,
+    peak_memory,
+    to_floats,
+)
 from roadvla.train.parts import Parts, parts_of
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
@@ -106,7 +112,7 @@ def _loop(trainer: Trainer, folder: Path) -> None:
     with Display(title, total, done=start.iteration) as display:
         if start.iteration == 0 and experiment.evaluation.every:
             display.say("evaluation before the first iteration, in and out of distribution")
-            writer.write(0, 0, _evaluation_metrics(trainer.measure(experiment.evaluation.episodes)))
+            writer.write(0, 0, evaluation_metrics(trainer.measure(experiment.evaluation.episodes)))
         with catch_interrupts() as interrupts:
             while trainer.progress.iteration < total and not interrupts.requested:
                 metrics = trainer.iterate()
@@ -125,7 +131,7 @@ def _loop(trainer: Trainer, folder: Path) -> None:
         if experiment.evaluation.final_episodes and not trainer.is_evaluated(results):
             display.say("final evaluation, in and out of distribution")
             final = trainer.measure(experiment.evaluation.final_episodes, record=_FILMED)
-            metrics = _evaluation_metrics(final)
+            metrics = evaluation_metrics(final)
             # The files come last: once they are there, nothing is left to do.
             writer.amend(metrics)
             for result in final:
@@ -224,7 +230,7 @@ class Trainer:
         )
         if experiment.evaluation.due(iteration + 1) and iteration + 1 < self.iterations:
             with watch.phase("evaluation"):
-                values |= _evaluation_metrics(self.measure(experiment.evaluation.episodes))
+                values |= evaluation_metrics(self.measure(experiment.evaluation.episodes))
         return {
             **values,
             "policy/learning_rate": rate,
@@ -385,21 +391,6 @@ class Trainer:
                     f"{name} is {value} in iteration {self.progress.iteration + 1}: stopped, "
                     f"{kept}; try a lower --learning-rate or --grad-clip"
                 )
-
-
-def _evaluation_metrics(results: tuple[Evaluation, ...]) -> dict[str, float]:
-    metrics: dict[str, float] = {}
-    for result in results:
-        numbers = {
-            "success_rate": result.success_rate,
-            "success_once": result.success_once_rate,
-            "grasp_rate": result.grasp_rate,
-            "low": result.success_low,
-            "high": result.success_high,
-            "episodes": float(result.episodes),
-        }
-        metrics |= {f"eval/{result.split}/{name}": value for name, value in numbers.items()}
-    return metrics
 
 
 def _check_minibatch(experiment: Experiment, horizon: int) -> None:
