@@ -117,6 +117,8 @@ def _run(work: Work, log: Path, sender: Connection, threads: int) -> None:
     """In the cell's process: work, with everything printed in the log; send what went wrong."""
     # Ctrl-C in a terminal goes to a whole group; the parent passes it on, so that it comes once.
     os.setpgid(0, 0)
+    # A job that a shell put into the background is born deaf to it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_follow_parent, daemon=True).start()
     torch.set_num_threads(threads)
     sender.send(said(work, log))
