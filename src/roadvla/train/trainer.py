@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from roadvla.evaluation.machine import usable_device
 from roadvla.policy.base import Critic
 from roadvla.train.checkpoint import (
     Progress,
+    good_checkpoint,
     latest_checkpoint,
     policy_folder,
     read_progress,
@@ -30,7 +31,8 @@ from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
-from roadvla.train.interrupt import Interrupted, catch_interrupts
+from roadvla.train.interrupt import catch_interrupts, raise_queue_signals, stopped
+from roadvla.train.lock import check_free, locked
 from roadvla.train.memory import acting_sizes, loading_sizes, update_sizes, within_memory
 from roadvla.train.metrics import (
     MetricsWriter,
@@ -39,6 +41,7 @@ from roadvla.train.metrics import (
     peak_memory,
     to_floats,
 )
+from roadvla.train.notes import add_note
 from roadvla.train.parts import Parts, parts_of
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
@@ -66,8 +69,9 @@ def train(
 ) -> Path:
     """Run an experiment to its end, or go on with it.
 
-    Ctrl-C lets the iteration finish, saves and stops; a second one stops at once. A resumed run
-    continues from its last checkpoint exactly as if it had never stopped (bit for bit on a CPU).
+    Ctrl-C, SIGTERM and SIGUSR1 let the iteration finish, save and stop; a second one stops at once.
+    A resumed run continues from its last good checkpoint exactly as if it had never stopped (bit
+    for bit on a CPU). No other process can write into the folder meanwhile.
 
     Args:
         experiment: What to do.
@@ -81,35 +85,44 @@ def train(
     Raises:
         UserError: If the input is unusable or the disk is full; nothing already saved is lost.
         TrainingDivergedError: If a metric is not finite.
-        Interrupted: After Ctrl-C; the message says how to go on.
+        Interrupted: After Ctrl-C, ``Preempted`` after SIGTERM or SIGUSR1; the message says how to
+            go on.
     """
     folder, begun = Path(experiment.output), resume
     try:
-        experiment.check_complete()
-        checkpoint = None
-        if resume:
-            checkpoint = latest_checkpoint(check_resumable(experiment) / "checkpoints")
-        else:
-            check_claimable(folder, force=force, sources=sources_of(experiment))
-        trainer = Trainer(experiment, parts, checkpoint)
-        if not resume:
-            create_run_folder(experiment, force=force)
-            begun = True
-        with closing(trainer):
-            _loop(trainer, folder)
+        with raise_queue_signals(), ExitStack() as held:
+            experiment.check_complete()
+            checkpoint, passed_over = None, ""
+            if resume:
+                held.enter_context(locked(check_resumable(experiment)))
+                checkpoint, passed_over = good_checkpoint(folder / "checkpoints")
+            else:
+                check_free(folder)
+                check_claimable(folder, force=force, sources=sources_of(experiment))
+            trainer = held.enter_context(closing(Trainer(experiment, parts, checkpoint)))
+            if not resume:
+                # Locked only now: what is refused until here leaves no trace on the disk.
+                held.enter_context(locked(folder))
+                create_run_folder(experiment, force=force)
+                begun = True
+            _loop(trainer, folder, passed_over)
     except KeyboardInterrupt as error:
         said = _stopped(folder) if begun else "stopped before the run began"
-        raise Interrupted(said) from error
+        raise stopped(error, said) from error
     return folder
 
 
-def _loop(trainer: Trainer, folder: Path) -> None:
+def _loop(trainer: Trainer, folder: Path, passed_over: str) -> None:
     """Iterate to the end, saving when it is time, then evaluate."""
     experiment, total = trainer.experiment, trainer.iterations
     title = f"{experiment.name} on {experiment.env}"
     start = trainer.progress
     writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
     with Display(title, total, done=start.iteration) as display:
+        if passed_over:
+            said = f"going on from iteration {start.iteration}, the last good one: {passed_over}"
+            display.say(f"warning: {said}")
+            add_note(folder, start.iteration, said)
         if start.iteration == 0 and experiment.evaluation.every:
             display.say("evaluation before the first iteration, in and out of distribution")
             writer.write(0, 0, evaluation_metrics(trainer.measure(experiment.evaluation.episodes)))
@@ -123,12 +136,13 @@ def _loop(trainer: Trainer, folder: Path) -> None:
                 due = due or done.iteration in experiment.kept_iterations
                 if due or done.iteration == total or interrupts.requested:
                     trainer.save(folder)
-        if interrupts.requested:
-            raise KeyboardInterrupt
+        interrupts.obey()
         if trainer.silent:
             display.say(f"warning: {trainer.silent}")
         results = folder / "evaluation"
-        if experiment.evaluation.final_episodes and not trainer.is_evaluated(results):
+        # A run that fell back behind its end has the files, but not their numbers among its own.
+        finished = start.iteration == total and trainer.is_evaluated(results)
+        if experiment.evaluation.final_episodes and not finished:
             display.say("final evaluation, in and out of distribution")
             final = trainer.measure(experiment.evaluation.final_episodes, record=_FILMED)
             metrics = evaluation_metrics(final)
