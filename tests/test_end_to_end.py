@@ -69,6 +69,7 @@ def test_a_run_leaves_what_it_should(folder: Path, name: str) -> None:
         "policy.safetensors",
         "optimizer.safetensors",
         "state.json",
+        "manifest.json",
     }
     state = json.loads((run / LAST / "state.json").read_text())
     assert (state["iteration"], state["env_steps"], state["episodes"]) == (3, 3 * STEPS, 24)
@@ -139,7 +140,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(folder: Path, tmp_path:
     assert not (killed / "evaluation").exists()
 
     roadvla("train", "--resume", killed)
-    for name in ("policy.safetensors", "optimizer.safetensors", "policy.json", "state.json"):
+    for name in ("policy.safetensors", "optimizer.safetensors", "policy.json", "manifest.json"):
         assert (killed / LAST / name).read_bytes() == (whole / LAST / name).read_bytes(), name
     assert rows(killed) == rows(whole)
     assert [row["iteration"] for row in rows(killed)] == [1, 2, 3]

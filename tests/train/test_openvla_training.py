@@ -137,7 +137,7 @@ def test_a_run_leaves_what_it_should(folder: Path, name: str) -> None:
     assert [row["env_steps"] for row in rows(run)] == [48, 96, 144]
     assert {path.name for path in (run / LAST).iterdir()} == {
         *("policy.json", ADAPTER, "adapter_config.json", HEAD),
-        *("optimizer.safetensors", "state.json"),
+        *("optimizer.safetensors", "state.json", "manifest.json"),
     }
     config = json.loads((run / "config.json").read_text())
     assert (config["policy"], config["openvla"]["lora_rank"]) == ("openvla", 4)

@@ -112,7 +112,8 @@ def test_a_folder_in_use_is_refused_and_left_as_it_is(finished, tmp_path):
         for options in ({"resume": True}, {"force": True}, {}):
             with pytest.raises(UserError, match=says):
                 run(folder, **options)
-        before[folder / LOCK] = (folder / LOCK).stat().st_mtime_ns  # the holder wrote its name
+        before[folder / LOCK] = (folder / LOCK).stat().st_mtime_ns
+
         assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
     run(folder, resume=True)  # it was killed: nothing has to be cleaned up
     assert_same_run(folder, finished)
@@ -125,7 +126,9 @@ def test_of_two_that_begin_at_once_the_second_is_refused(tmp_path, monkeypatch):
         monkeypatch.setattr(trainers, "check_free", lambda _: None)  # it passed before the other
         with pytest.raises(UserError, match="in use"):
             run(folder)
-    assert [path.name for path in folder.iterdir()] == [LOCK]
+        assert [path.name for path in folder.iterdir()] == [LOCK]
+    run(folder)  # it was killed: nothing has to be cleaned up
+    assert not (folder / LOCK).exists()
 
 
 def test_the_lock_is_held_from_the_first_write_to_the_last(tmp_path, monkeypatch):
@@ -147,6 +150,25 @@ def test_the_lock_is_held_from_the_first_write_to_the_last(tmp_path, monkeypatch
     run(folder)
     assert set(seen) == {"create_run_folder", "save_checkpoint", "write_evaluation"}
     check_free(folder)
+
+
+def test_a_lock_whose_holder_just_left_is_taken_anew(tmp_path, monkeypatch):
+    """Between opening the file and locking it, its holder removed it and a third one came."""
+    real, opened = os.open, []
+
+    def late(path, *args, **options):
+        descriptor = real(path, *args, **options)
+        if os.fspath(path).endswith(LOCK):
+            opened.append(descriptor)
+            if len(opened) == 1:
+                os.unlink(path)
+        return descriptor
+
+    monkeypatch.setattr(os, "open", late)
+    with locked(tmp_path):
+        assert len(opened) == 2
+        with pytest.raises(UserError, match="in use"):
+            check_free(tmp_path)
 
 
 def test_a_lock_is_free_again_after_an_error(tmp_path):
@@ -180,7 +202,6 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path, monkeypatch, re
     folder = tmp_path / "run"
     if resume:
         run(folder)
-        (folder / LOCK).chmod(0o444)
     else:
         folder.mkdir()
     for path in (tmp_path, *tmp_path.parents):  # so that nobody can see it at all

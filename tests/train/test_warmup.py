@@ -280,7 +280,7 @@ def test_the_policy_comes_last_and_a_full_disk_leaves_nothing_half_done(quick):
 
     with pytest.raises(UserError, match="No space left on device"):
         run_warm_up(quick, parts=replace(WORLD, save_policy=full))
-    assert seen == ["config.json", "demonstrations.safetensors", "warmup.json"]
+    assert seen == ["config.json", "demonstrations.safetensors", "run.lock", "warmup.json"]
     assert names(Path(quick.output)) == []
     run_warm_up(quick, parts=WORLD)
 

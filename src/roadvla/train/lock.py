@@ -18,8 +18,8 @@ LOCK = "run.lock"
 def locked(folder: Path) -> Iterator[None]:
     """Hold a folder in the block, so that no second process writes into it.
 
-    The system drops the lock when the process ends, however it ends; the file stays and says who
-    held it last.
+    The system drops the lock when the process ends, however it ends. What a killed process leaves
+    is a file that says who it was; it locks nobody out.
 
     Args:
         folder: Made if need be.
@@ -28,16 +28,19 @@ def locked(folder: Path) -> Iterator[None]:
         UserError: If another process holds it, or it cannot be written or locked.
     """
     path = folder / LOCK
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}; choose another --output"
-        ) from error
+    descriptor = _open(path)
     try:
         _take(descriptor, folder)
-        yield
+        while not _is_at(descriptor, path):  # its holder left, and took the file away
+            os.close(descriptor)
+            descriptor = _open(path)
+            _take(descriptor, folder)
+        _sign(descriptor)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
     finally:
         os.close(descriptor)
 
@@ -51,6 +54,32 @@ def check_free(folder: Path) -> None:
     if (folder / LOCK).exists():
         with locked(folder):
             pass
+
+
+def _open(path: Path) -> int:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; choose another --output"
+        ) from error
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether an open file is the one that a path names."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _sign(descriptor: int) -> None:
+    """Note who holds the lock."""
+    # On a full disk it holds all the same; what has to be written next says that it is full.
+    with contextlib.suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
 
 
 def _take(descriptor: int, folder: Path) -> None:
@@ -67,7 +96,3 @@ def _take(descriptor: int, folder: Path) -> None:
             f"cannot lock {folder / LOCK}: {error.strerror or error}; choose an --output on a file "
             f"system with locks"
         ) from error
-    # On a full disk the lock holds all the same; what has to be written next says that it is full.
-    with contextlib.suppress(OSError):
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)

@@ -20,6 +20,7 @@ from roadvla.train.checks import check_choices, check_policy, check_simulator
 from roadvla.train.config import Algorithm, Optimizer
 from roadvla.train.demonstrations import Demonstrations, save_demonstrations
 from roadvla.train.experts import Expert, expert_of
+from roadvla.train.lock import check_free, locked
 from roadvla.train.memory import learning_sizes, loading_sizes, within_memory
 from roadvla.train.metrics import to_floats
 from roadvla.train.parts import Parts, parts_of
@@ -126,9 +127,11 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
         ``config.json`` and the course of the loss in ``warmup.json``.
 
     Raises:
-        UserError: If the folder is taken or cannot be written, or the expert fails too often.
+        UserError: If the folder is taken, in use or cannot be written, or the expert fails too
+            often.
     """
     folder, sources = Path(settings.output), (settings.init, settings.checkpoint)
+    check_free(folder)
     check_claimable(folder, force=force, sources=sources)
     usable_device(settings.device)
     parts = parts or parts_of(
@@ -144,7 +147,21 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
     demonstrations = collect_demonstrations(settings, parts=parts)
     with within_memory("the warm-up", *_sizes(settings)):
         history = warm_up(policy, demonstrations, settings)
-    claim_folder(folder, force=force, sources=sources)
+    with locked(folder):
+        claim_folder(folder, force=force, sources=sources)
+        _write(policy, demonstrations, history, settings, parts)
+    return folder
+
+
+def _write(
+    policy: Policy,
+    demonstrations: Demonstrations,
+    history: list[dict[str, float]],
+    settings: WarmUp,
+    parts: Parts,
+) -> None:
+    """Fill the folder, or leave it empty."""
+    folder = Path(settings.output)
     try:
         config = {"name": "warm-up", **asdict(settings), **about(settings.device)}
         # The settings say whose the rest is; the policy comes last and says that it is complete.
@@ -157,7 +174,6 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
         if isinstance(error, UserError):
             raise
         raise UserError(f"cannot write {folder}: {error.strerror or error}; free space") from error
-    return folder
 
 
 def collect_demonstrations(
