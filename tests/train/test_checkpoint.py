@@ -12,6 +12,7 @@ from test_update import make_batch
 
 from probes import TablePolicy, load_table, save_table
 from roadvla.errors import UserError
+from roadvla.policy import load_backbone, load_tiny, save_policy
 from roadvla.train.checkpoint import (
     Progress,
     good_checkpoint,
@@ -74,6 +75,30 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, value_only):
         assert a.keys() == b.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(a[name], b[name]) for name in a)
     assert read_progress(folder) == progress()
+
+
+def test_moments_lie_in_memory_as_their_parameters_do(tmp_path):
+    """The fused optimiser pairs them by their place in memory, whatever their strides say."""
+
+    def step(policy, optimizer, seed):
+        torch.manual_seed(seed)
+        for parameter in (*policy.policy_parameters(), *policy.value_parameters()):
+            parameter.grad = torch.randn_like(parameter)
+        optimizer.step()
+
+    policy = load_backbone()
+    optimizer, generator = make_optimizer(policy, SETTINGS), torch.Generator()
+    assert not all(parameter.is_contiguous() for parameter in policy.policy_parameters())
+    step(policy, optimizer, 0)
+    state = policy, optimizer, generator
+    folder = save_checkpoint(tmp_path, progress(), *state, save_policy=save_policy)
+    again = load_tiny(folder)
+    restored = make_optimizer(again, SETTINGS)
+    restore_optimizer(folder, again, restored, generator)
+    step(policy, optimizer, 1)
+    step(again, restored, 1)
+    for (name, mine), theirs in zip(policy.named_parameters(), again.parameters(), strict=True):
+        assert torch.equal(mine, theirs), name
 
 
 def test_nothing_is_left_but_the_last_two_checkpoints(tmp_path):

@@ -301,13 +301,16 @@ def restore_optimizer(
     generator.set_state(tensors.pop(_GENERATOR))
     remembered = [name for name in tensors if name.startswith(_MEMORY)]
     memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in remembered}
-    shapes = {name: parameter.shape for name, parameter in _named(policy, optimizer).items()}
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in shapes}
+    parameters = _named(policy, optimizer)
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(".")
-        if name not in states or (moment != "step" and tensor.shape != shapes[name]):
+        if name not in states or (moment != "step" and tensor.shape != parameters[name].shape):
             raise UserError(f"{path} does not fit the policy beside it at {name}; {ELSEWHERE}")
-        states[name][moment] = tensor
+        # The fused step walks through memory: a moment has to lie there as its parameter does.
+        states[name][moment] = (
+            tensor if moment == "step" else torch.empty_like(parameters[name]).copy_(tensor)
+        )
     optimizer.load_state_dict(
         {
             "state": {index: state for index, state in enumerate(states.values()) if state},
