@@ -325,7 +325,12 @@ def test_check_env_of_ones_own(
 
 
 @pytest.mark.slow
-def test_ctrl_c_saves_and_says_how_to_go_on(policy: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_saves_and_says_how_to_go_on(
+    policy: Path, tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     run = tmp_path / "run"
     flags = ["--init", policy, "--output", run, "--total-env-steps", "1000000"]
     command = [sys.executable, "-m", "roadvla", "train", "debug", *flags, "--evaluation.every", "0"]
@@ -334,9 +339,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(policy: Path, tmp_path: Path) -> Non
     while not (run / "checkpoints" / "latest.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == code
     assert f"roadvla train --resume {run}" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
 

@@ -17,6 +17,7 @@ from roadvla.cli import main
 from roadvla.evaluation.results import read_results
 from roadvla.experiments.methods import PPO
 from roadvla.experiments.studies import StudyRequest, _command
+from roadvla.train.lock import locked
 
 SMALL = ("--budget", "smoke", "--settings", "VR-UnseenTable")
 
@@ -86,6 +87,13 @@ def test_a_record_edited_by_hand_stops_everything(finished, tmp_path, capsys):
     path.write_text(path.read_text().replace('"method": "ppo"', '"method": "better"'))
     assert study("alpha", *SMALL, "--only", "ppo", "--output", root) == 2
     assert "was changed after it was written" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_study_works_in_is_refused(tmp_path, capsys):
+    with locked(tmp_path):
+        assert study("alpha", *SMALL, "--output", tmp_path) == 2
+    assert f"{tmp_path} is in use by another process" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

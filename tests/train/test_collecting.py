@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from roadvla.train.collecting import collect, describe
 from roadvla.train.collection import Collection, Record, read_record
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
 from roadvla.train.experts import expert_of
+from roadvla.train.interrupt import Preempted
+from roadvla.train.lock import locked
 from roadvla.train.trajectories import act_out, keeps
 
 FIRST = 1_000_000_000_000
@@ -182,6 +185,25 @@ def test_its_actions_lead_to_its_frames(whole):
         for image, action in zip(got.image[steps], got.action[steps], strict=True):
             assert torch.equal(image, frame[0])
             frame = env.step(action[None]).image
+
+
+def test_a_collection_that_another_process_works_on_is_refused(tmp_path):
+    folder = tmp_path / "held"
+    with locked(folder), pytest.raises(UserError, match="is in use by another process"):
+        collect(settings(folder))
+    assert list(folder.iterdir()) == []
+
+
+def test_a_queue_s_signal_interrupts_a_collection(tmp_path):
+    def stopped(env, gain, generator):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return expert_of("tabletop", 0.3)(env, gain, generator)
+
+    with pytest.raises(Preempted, match="stopped by SIGTERM") as said:
+        collect(settings(tmp_path / "demos"), act=stopped)
+    assert said.value.code == 75
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert [path.name for path in (tmp_path / "demos").iterdir()] == ["collection.json"]
 
 
 def test_an_interrupted_collection_ends_as_if_it_had_not_been(whole, tmp_path):
