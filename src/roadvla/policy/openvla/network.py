@@ -212,12 +212,6 @@ class Network(nn.Module):
         return logits.flip(-1)
 
 
-def draw_uniform(count: int, generator: torch.Generator | None) -> Float[Tensor, "B K"]:
-    """One number in [0, 1) per token, on the generator's device."""
-    device = "cpu" if generator is None else generator.device
-    return torch.rand(count, NUM_TOKENS, generator=generator, device=device)
-
-
 def _choose(
     scores: Float[Tensor, "B V"], uniform: Float[Tensor, " B"], temperature: float
 ) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
