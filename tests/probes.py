@@ -24,7 +24,7 @@ from roadvla.train.config import (
     RolloutConfig,
 )
 from roadvla.train.trainer import Parts
-from roadvla.types import Observation, PolicyOutput
+from roadvla.types import Batch, Observation, PolicyOutput
 
 COLOURS = 4
 TOKENS = 7
@@ -184,3 +184,16 @@ def probe_experiment(output: Path | str, *, algorithm: Algorithm | None = None, 
         algorithm=algorithm or Algorithm(epochs=2, entropy_coef=0.0),
         **settings,
     )
+
+
+def prompt_batch(policy: Policy, count: int) -> Batch:
+    """A batch of noise for the small VLA."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (count, 48, 48, 3), generator=generator, dtype=torch.uint8)
+    observation = Observation(image, policy.tokenize(["put carrot on plate"] * count))
+    tokens = torch.randint(0, policy.num_bins, (count, 7), generator=generator)
+    with torch.no_grad():
+        logits, value = policy.evaluate(observation, tokens)
+    log_probs = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    advantage, returns = torch.randn(2, count, generator=generator)
+    return Batch(observation, tokens, log_probs, value, advantage, returns, advantage.clamp(-2, 2))

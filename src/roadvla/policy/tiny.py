@@ -235,8 +235,9 @@ class TinyVLA(nn.Module):
         """Sample one action per observation, without gradient; temperature 0 is greedy.
 
         Tokens follow softmax(logits/temperature), by inverting its cumulative sum at one uniform
-        number per token, ``uniform`` or all drawn at once from ``generator``. No top-k. The log-probabilities are
-        those of that distribution; a greedy token has probability 1, so log-probability 0.
+        number per token, ``uniform`` or all drawn at once from ``generator``. No top-k. The
+        log-probabilities are those of that distribution; a greedy token has probability 1, so
+        log-probability 0.
 
         Raises:
             ValueError: If the temperature is negative.

@@ -210,12 +210,15 @@ def restore_optimizer(
     generator.set_state(tensors.pop(_GENERATOR))
     remembered = [name for name in tensors if name.startswith(_MEMORY)]
     memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in remembered}
-    shapes = {name: parameter.shape for name, parameter in _named(policy, optimizer).items()}
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in shapes}
+    parameters = _named(policy, optimizer)
+    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(".")
-        if name not in states or (moment != "step" and tensor.shape != shapes[name]):
+        if name not in states or (moment != "step" and tensor.shape != parameters[name].shape):
             raise UserError(f"{path} does not fit the policy beside it at {name}; {_ELSEWHERE}")
+        if moment != "step":
+            # Laid out in memory as the parameter is: the fused optimiser walks both in that order.
+            tensor = torch.empty_like(parameters[name], requires_grad=False).copy_(tensor)
         states[name][moment] = tensor
     optimizer.load_state_dict(
         {

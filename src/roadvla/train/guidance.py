@@ -19,7 +19,6 @@ from roadvla.train.config import Algorithm
 from roadvla.types import Batch, Observation, Rollout
 from roadvla.world import World
 
-
 _OUTCOMES = ("success", "success_once", "grasped")
 
 
@@ -255,9 +254,7 @@ def _guidance_metrics(
     return metrics
 
 
-def _gathered(
-    rollout: Rollout, reference: tuple[Tensor, Tensor] | None, world: World
-) -> Judged:
+def _gathered(rollout: Rollout, reference: tuple[Tensor, Tensor] | None, world: World) -> Judged:
     """Bring together what every process's episodes earned and were thought to be worth."""
     return Judged(
         reward=world.gather(rollout.reward, 1),

@@ -9,10 +9,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from roadvla.envs import close
-from roadvla.errors import UserError
+from roadvla.envs.base import VectorEnv
+from roadvla.errors import UserError, WorkerError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
 from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
 from roadvla.evaluation.machine import usable_device
@@ -28,6 +30,7 @@ from roadvla.train.checkpoint import (
 )
 from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
+from roadvla.train.distributed import joined
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
 from roadvla.train.interrupt import Interrupted, catch_interrupts
@@ -51,8 +54,10 @@ from roadvla.train.run_folder import (
     sources_of,
 )
 from roadvla.train.serialize import fingerprint
+from roadvla.train.share import Share
 from roadvla.train.update import make_optimizer, set_learning_rates, update
 from roadvla.types import Batch
+from roadvla.world import World
 
 _FILMED = 6
 
@@ -86,17 +91,21 @@ def train(
     folder, begun = Path(experiment.output), resume
     try:
         experiment.check_complete()
-        checkpoint = None
-        if resume:
-            checkpoint = latest_checkpoint(check_resumable(experiment) / "checkpoints")
-        else:
-            check_claimable(folder, force=force, sources=sources_of(experiment))
-        trainer = Trainer(experiment, parts, checkpoint)
-        if not resume:
-            create_run_folder(experiment, force=force)
-            begun = True
-        with closing(trainer):
-            _loop(trainer, folder)
+        with joined(experiment.device) as world:
+            checkpoint = None
+            if resume:
+                checkpoint = latest_checkpoint(check_resumable(experiment) / "checkpoints")
+            elif world.is_first:
+                check_claimable(folder, force=force, sources=sources_of(experiment))
+            world.wait()
+            trainer = Trainer(experiment, parts, checkpoint, world)
+            if not resume:
+                if world.is_first:
+                    create_run_folder(experiment, force=force)
+                world.wait()
+                begun = True
+            with closing(trainer):
+                _loop(trainer, folder)
     except KeyboardInterrupt as error:
         said = _stopped(folder) if begun else "stopped before the run began"
         raise Interrupted(said) from error
@@ -105,37 +114,47 @@ def train(
 
 def _loop(trainer: Trainer, folder: Path) -> None:
     """Iterate to the end, saving when it is time, then evaluate."""
-    experiment, total = trainer.experiment, trainer.iterations
+    experiment, total, world = trainer.experiment, trainer.iterations, trainer.world
     title = f"{experiment.name} on {experiment.env}"
     start = trainer.progress
-    writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
-    with Display(title, total, done=start.iteration) as display:
+    writer = None
+    if world.is_first:
+        writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
+    console = None if world.is_first else Console(quiet=True)
+    with Display(title, total, done=start.iteration, console=console) as display:
         if start.iteration == 0 and experiment.evaluation.every:
             display.say("evaluation before the first iteration, in and out of distribution")
-            writer.write(0, 0, evaluation_metrics(trainer.measure(experiment.evaluation.episodes)))
+            metrics = evaluation_metrics(trainer.measure(experiment.evaluation.episodes))
+            if writer is not None:
+                writer.write(0, 0, metrics)
         with catch_interrupts() as interrupts:
-            while trainer.progress.iteration < total and not interrupts.requested:
+            stopping = world.any(interrupts.requested)
+            while trainer.progress.iteration < total and not stopping:
                 metrics = trainer.iterate()
                 done = trainer.progress
-                writer.write(done.iteration, done.env_steps, metrics)
+                if writer is not None:
+                    writer.write(done.iteration, done.env_steps, metrics)
                 display.advance(metrics)
                 due = done.iteration % experiment.checkpoint_every == 0
                 due = due or done.iteration in experiment.kept_iterations
-                if due or done.iteration == total or interrupts.requested:
+                stopping = world.any(interrupts.requested)
+                if due or done.iteration == total or stopping:
                     trainer.save(folder)
-        if interrupts.requested:
+        if stopping:
             raise KeyboardInterrupt
         if trainer.silent:
             display.say(f"warning: {trainer.silent}")
         results = folder / "evaluation"
-        if experiment.evaluation.final_episodes and not trainer.is_evaluated(results):
+        missing = world.is_first and not trainer.is_evaluated(results)
+        if experiment.evaluation.final_episodes and world.any(missing):
             display.say("final evaluation, in and out of distribution")
             final = trainer.measure(experiment.evaluation.final_episodes, record=_FILMED)
             metrics = evaluation_metrics(final)
-            # The files come last: once they are there, nothing is left to do.
-            writer.amend(metrics)
-            for result in final:
-                write_evaluation(result, results)
+            if writer is not None:
+                # The files come last: once they are there, nothing is left to do.
+                writer.amend(metrics)
+                for result in final:
+                    write_evaluation(result, results)
             display.advance(metrics, steps=0)
 
 
@@ -152,28 +171,26 @@ class Trainer:
         experiment: Settings.
         parts: Environment and policy; the package's, of the experiment's kind, if ``None``.
         checkpoint: Where to go on; ``None`` to begin.
+        world: The processes that run it together; this one alone unless given.
 
     Raises:
         UserError: If a file does not load, or settings do not fit the environment.
     """
 
     def __init__(
-        self, experiment: Experiment, parts: Parts | None, checkpoint: Path | None
+        self,
+        experiment: Experiment,
+        parts: Parts | None,
+        checkpoint: Path | None,
+        world: World | None = None,
     ) -> None:
-        self.experiment = experiment
+        self.experiment, self.world = experiment, world or World()
         self._device = usable_device(experiment.device)
-        rollout = experiment.rollout
         self._parts = parts or parts_of(
             experiment.policy, experiment.checkpoint, experiment.openvla, experiment.maniskill
         )
-        self._env = self._parts.make_env(
-            experiment.env,
-            split="train",
-            num_envs=rollout.num_envs,
-            sim=experiment.sim,
-            device=experiment.device,
-            end_on_success=rollout.end_on_success,
-        )
+        self._envs = self._make_envs()
+        self._env = self._envs[0]
         self.iterations = experiment.iterations(self._env.horizon)
         _check_minibatch(experiment, self._env.horizon)
         self._hinter: Hinter | None = None
@@ -207,7 +224,7 @@ class Trainer:
         """
         experiment, iteration = self.experiment, self.progress.iteration
         watch = Stopwatch(self._device)
-        batch, metrics = self._gather(watch)
+        batch, share, metrics = self._gather(watch)
         rate = set_learning_rates(self.optimizer, experiment.optimizer, iteration, self.iterations)
         with watch.phase("update"), self._within("the update", update_sizes(experiment)):
             metrics |= update(
@@ -219,6 +236,7 @@ class Trainer:
                 temperature=experiment.rollout.temperature,
                 generator=self.generator,
                 value_only=iteration < experiment.algorithm.critic_only_iterations,
+                share=share,
             )
             values = to_floats(metrics)
         self._refuse_divergence(values)
@@ -261,6 +279,7 @@ class Trainer:
                     device=experiment.device,
                     record=min(record, episodes),
                     make_env=self._parts.make_env,
+                    ranks=self.world,
                 )
                 for split in SPLITS
             ]
@@ -282,8 +301,9 @@ class Trainer:
         return "" if self._hinter is None else self._hinter.silent
 
     def close(self) -> None:
-        """Free what the environment holds."""
-        close(self._env)
+        """Free what the environments hold."""
+        for env in self._envs:
+            close(env)
 
     def is_evaluated(self, folder: Path) -> bool:
         """Whether the folder holds evaluations of the policy as it is now."""
@@ -297,7 +317,14 @@ class Trainer:
         return found == [self.progress.iteration] * len(SPLITS)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint into the run folder."""
+        """Write a checkpoint into the run folder; of several processes the first does.
+
+        Raises:
+            WorkerError: If the processes' weights are not the same.
+        """
+        self._check_alike()
+        if not self.world.is_first:
+            return
         save_checkpoint(
             folder / "checkpoints",
             self.progress,
@@ -310,13 +337,14 @@ class Trainer:
             memory={} if self._hinter is None else self._hinter.tensors(),
         )
 
-    def _gather(self, watch: Stopwatch) -> tuple[Batch, dict[str, Tensor]]:
+    def _gather(self, watch: Stopwatch) -> tuple[Batch, Share, dict[str, Tensor]]:
         """Make the iteration's batch: from demonstrations, or by acting and judging."""
-        experiment, algorithm = self.experiment, self.experiment.algorithm
+        experiment, algorithm, world = self.experiment, self.experiment.algorithm, self.world
         count = experiment.rollout.num_envs
         if self._demonstrations is not None:
             size = count * self._env.horizon
-            return self._demonstrations.sample(self.policy, size, self.generator), {}
+            batch = self._demonstrations.sample(self.policy, size, self.generator, world)
+            return batch, Share.of_rows(size, world), {}
         repeats = algorithm.group_size if algorithm.algo == "grpo" else 1
         ids = training_episode_ids(
             experiment.seed, self.progress.episodes, count, repeats=repeats, device=self._device
@@ -324,16 +352,17 @@ class Trainer:
         with watch.phase("rollout"), self._within("the rollout", self._acting):
             rollout = collect(
                 self.policy,
-                self._env,
-                ids,
+                self._envs,
+                ids[world.rows(count)],
                 temperature=experiment.rollout.temperature,
                 generator=self.generator,
                 keep_logits=algorithm.teacher_logits == "rollout",
                 bootstrap=algorithm.bootstrap_truncated,
                 observe=None if self._hinter is None else self._hinter.observe,
+                world=world,
             )
             if self._hinter is not None:
-                rollout = self._hinter.hinted(rollout, self.policy)
+                rollout = self._hinter.hinted(rollout, self.policy, world)
         self.progress = dataclasses.replace(
             self.progress, episodes=self.progress.episodes + count // repeats
         )
@@ -343,7 +372,44 @@ class Trainer:
                 reference = reference_values(
                     self._reference, rollout, share_vision=self._share_vision
                 )
-        return guide(rollout, algorithm, reference, generator=self.generator)
+        batch, metrics = guide(rollout, algorithm, reference, generator=self.generator, world=world)
+        blocks = experiment.optimizer.blocks
+        return batch, Share.of_rollout(rollout.active, world, blocks=blocks), metrics
+
+    def _make_envs(self) -> list[VectorEnv]:
+        """Make this process's environments: one, or two halves that are stepped in turn."""
+        experiment, rollout = self.experiment, self.experiment.rollout
+        parts = 2 if rollout.overlap else 1
+        share = self.world.share(rollout.num_envs)
+        if share % parts:
+            raise UserError(
+                f"a process has {share} environments, which has no two halves: raise num_envs to "
+                f"a multiple of {parts * self.world.size}, or set overlap to false"
+            )
+        return [
+            self._parts.make_env(
+                experiment.env,
+                split="train",
+                num_envs=share // parts,
+                sim=experiment.sim,
+                device=experiment.device,
+                end_on_success=rollout.end_on_success,
+            )
+            for _ in range(parts)
+        ]
+
+    def _check_alike(self) -> None:
+        """Make sure that every process has the same weights, bit for bit."""
+        if self.world.size == 1:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        bits = [p.detach().contiguous().view(torch.int32).long().sum() for p in parameters]
+        if not self.world.agree(int(torch.stack(bits).sum())):
+            raise WorkerError(
+                f"the weights of the {self.world.size} processes are no longer the same after "
+                f"iteration {self.progress.iteration}: a device or a connection is at fault; "
+                f"{self._kept()}"
+            )
 
     def _load_policies(self, source: Path | str | None) -> None:
         """Load the live policy and the reference critic; cheap checks come first."""
@@ -368,7 +434,8 @@ class Trainer:
     @property
     def _acting(self) -> tuple[str, list[str]]:
         experiment = self.experiment
-        return acting_sizes(experiment.rollout.num_envs, experiment.policy, experiment.openvla)
+        share = self.world.share(experiment.rollout.num_envs)
+        return acting_sizes(share, experiment.policy, experiment.openvla)
 
     @contextmanager
     def _within(self, work: str, sizes: tuple[str, Sequence[str]]) -> Iterator[None]:
