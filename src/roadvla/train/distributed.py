@@ -6,6 +6,7 @@ on this machine, with one line instead of a traceback when a process fails.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 from roadvla.errors import LostContactError, UserError
 from roadvla.world import World
@@ -53,8 +56,15 @@ def joined(device: str) -> Iterator[World]:
     if torch.device(device).type == "cuda":
         _take_gpu(device)
     try:
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # On one machine torchrun keeps the store when it starts the processes again, and in it
+            # the addresses of those that are gone.
+            count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+            store = PrefixStore(f"attempt-{count}", store)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         distributed.init_process_group(
-            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE
+            backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
         )
     except (RuntimeError, ValueError) as error:
         raise LostContactError(
@@ -106,6 +116,7 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it ourselves
     # More threads than cores wait for each other actively, which is slower than any of them alone.
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
