@@ -34,6 +34,8 @@ class Optimizer:
         warmup_iterations: Iterations of linear warm-up of the policy's rate.
         minibatch: Transitions per forward and backward pass.
         accumulation: Passes per optimiser step.
+        max_skipped: Optimiser steps of an iteration that may be skipped because their gradient is
+            not finite; with more the run stops.
         blocks: Equal parts of the environments, of which every optimiser step uses as much. With
             several processes their number, or a multiple of it, gives all of them equal work.
     """
@@ -47,6 +49,7 @@ class Optimizer:
     warmup_iterations: int = 0
     minibatch: int = 128
     accumulation: int = 1
+    max_skipped: int = 5
     blocks: int = 1
 
     def __post_init__(self) -> None:
@@ -54,7 +57,7 @@ class Optimizer:
         check_choices(self)
         for name in ("learning_rate", "value_learning_rate", "grad_clip"):
             check_range(self, name, above=0.0)
-        for name in ("weight_decay", "warmup_iterations"):
+        for name in ("weight_decay", "warmup_iterations", "max_skipped"):
             check_range(self, name, least=0.0)
         for name in ("minibatch", "accumulation", "blocks"):
             check_range(self, name, least=1.0)

@@ -19,7 +19,7 @@ from roadvla.train.config import Algorithm
 from roadvla.types import Batch, Observation, Rollout
 from roadvla.world import World
 
-_OUTCOMES = ("success", "success_once", "grasped")
+_OUTCOMES = ("success", "success_once", "grasped", "lost")
 
 
 @dataclass(frozen=True)
@@ -146,13 +146,16 @@ def explained_variance(
 
 
 def rollout_metrics(rollout: Rollout | Judged) -> dict[str, Tensor]:
-    """Average the outcomes of the B episodes."""
+    """Average the outcomes of the episodes that were not lost, and count those that were."""
     outcome = rollout.outcome
+    kept = (~outcome["lost"]).float()
+    count = kept.sum()
     return {
-        "rollout/success_rate": outcome["success"].float().mean(),
-        "rollout/success_once": outcome["success_once"].float().mean(),
-        "rollout/grasp_rate": outcome["grasped"].float().mean(),
-        "rollout/return": rollout.reward.sum(0).mean(),
+        "rollout/success_rate": (outcome["success"] * kept).sum() / count,
+        "rollout/success_once": (outcome["success_once"] * kept).sum() / count,
+        "rollout/grasp_rate": (outcome["grasped"] * kept).sum() / count,
+        "rollout/return": rollout.reward.sum() / count,
+        "rollout/lost_episodes": (1 - kept).sum(),
     }
 
 

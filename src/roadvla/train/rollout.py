@@ -94,9 +94,20 @@ def collect(
         for ready in waiting:
             ready()
     info = {name: torch.cat([part.info[name] for part in parts]) for name in parts[0].info}
+    info["lost"] = _discard(buffer.tensors, info.get("lost"))
     image = torch.cat([part.image for part in parts])
     last = Observation(image=image, prompt=prompt) if bootstrap else None
     return _rollout(policy, buffer.tensors, prompt, info, last)
+
+
+def _discard(tensors: dict[str, Tensor], lost: Tensor | None) -> Tensor:
+    """Leave out, as never lived, episodes that were lost or paid what is no number; say which."""
+    reward = tensors["reward"]
+    broken = ~torch.isfinite(reward).all(0)
+    lost = broken if lost is None else broken | lost
+    tensors["reward"] = reward.masked_fill(lost, 0.0)
+    tensors["active"] = tensors["active"] & ~lost
+    return lost
 
 
 def _rollout(

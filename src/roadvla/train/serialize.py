@@ -14,7 +14,11 @@ from roadvla.train.config import Experiment
 
 Node = TypeVar("Node")
 
-_LATER: dict[str, Any] = {"optimizer.blocks": 1, "rollout.overlap": False}
+_LATER: dict[str, Any] = {
+    "optimizer.max_skipped": 5,
+    "optimizer.blocks": 1,
+    "rollout.overlap": False,
+}
 """Settings that did not always exist, and the value that means what was done before them."""
 
 

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
 from rich.console import Console
@@ -30,6 +31,7 @@ from roadvla.train.checkpoint import (
 )
 from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
+from roadvla.train.diagnosis import write_diagnosis
 from roadvla.train.distributed import joined
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
@@ -46,6 +48,7 @@ from roadvla.train.parts import Parts, parts_of
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
 from roadvla.train.run_folder import (
+    about,
     check_claimable,
     check_critic_trained,
     check_resumable,
@@ -225,6 +228,8 @@ class Trainer:
         experiment, iteration = self.experiment, self.progress.iteration
         watch = Stopwatch(self._device)
         batch, share, metrics = self._gather(watch)
+        if not len(share):
+            self._refuse_divergence(to_floats(metrics), batch)
         rate = set_learning_rates(self.optimizer, experiment.optimizer, iteration, self.iterations)
         with watch.phase("update"), self._within("the update", update_sizes(experiment)):
             metrics |= update(
@@ -239,7 +244,7 @@ class Trainer:
                 share=share,
             )
             values = to_floats(metrics)
-        self._refuse_divergence(values)
+        self._refuse_divergence(values, batch)
         steps = experiment.rollout.num_envs * self._env.horizon
         speeds = {f"{key}_steps_per_second": steps / took for key, took in watch.seconds.items()}
         speeds["time/steps_per_second"] = steps / watch.total()
@@ -449,15 +454,37 @@ class Trainer:
             return "there is no checkpoint yet"
         return f"the last checkpoint is {found}: go on from it with --init and another --output"
 
-    def _refuse_divergence(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                found = latest_checkpoint(Path(self.experiment.output) / "checkpoints")
-                kept = f"the last good checkpoint is {found}" if found else "no checkpoint yet"
-                raise TrainingDivergedError(
-                    f"{name} is {value} in iteration {self.progress.iteration + 1}: stopped, "
-                    f"{kept}; try a lower --learning-rate or --grad-clip"
-                )
+    def _refuse_divergence(self, metrics: dict[str, float], batch: Batch) -> None:
+        """Stop if a number is not finite, or too much had to be left out of the iteration."""
+        optimizer, lost = self.experiment.optimizer, metrics.get("rollout/lost_episodes", 0)
+        reasons: list[str] = []
+        if lost > self.experiment.rollout.num_envs / 2:
+            reasons.append(f"{lost:g} of {self.experiment.rollout.num_envs} episodes were lost")
+        if metrics.get("loss/skipped_steps", 0) > optimizer.max_skipped:
+            reasons.append(
+                f"{metrics['loss/skipped_steps']:g} optimiser steps had gradients that are not "
+                f"finite, more than max_skipped {optimizer.max_skipped}"
+            )
+        reasons += [f"{name} is {v}" for name, v in metrics.items() if not math.isfinite(v)]
+        if not reasons:
+            return
+        number, run = self.progress.iteration + 1, Path(self.experiment.output)
+        told = f"only in process 0: {run}" if not self.world.is_first else None
+        path = told or write_diagnosis(
+            run,
+            iteration=number,
+            reason="; ".join(reasons),
+            metrics=metrics,
+            parameters=dict(cast("torch.nn.Module", self.policy).named_parameters()),
+            batch=batch,
+            about=about(self.experiment.device),
+        )
+        found = latest_checkpoint(run / "checkpoints")
+        kept = f"the last good checkpoint is {found}" if found else "no checkpoint yet"
+        raise TrainingDivergedError(
+            f"{reasons[0]} in iteration {number}: stopped, {kept}; what was seen is in {path}; try "
+            f"a lower --learning-rate or --grad-clip"
+        )
 
 
 def _check_minibatch(experiment: Experiment, horizon: int) -> None:

@@ -289,7 +289,9 @@ class _Learning:
                     kl = self._accumulate(group, value_only, totals, gradients)
                     if limit is not None and float(self.share.world.total(kl)) > limit:
                         return totals.means(self.share.world)
-                    totals.add("loss/grad_norm", _step(self.optimizer, settings), 1)
+                    norm, skipped = _step(self.optimizer, settings)
+                    totals.add("loss/grad_norm", norm, 1)
+                    totals.count("loss/skipped_steps", skipped)
         return totals.means(self.share.world)
 
     @torch.no_grad()
@@ -339,30 +341,43 @@ class _Learning:
         return kl
 
 
-def _step(optimizer: torch.optim.Optimizer, settings: Optimizer) -> Tensor:
+def _step(optimizer: torch.optim.Optimizer, settings: Optimizer) -> tuple[Tensor, Tensor]:
+    """Clip and step, but change nothing if the gradient is not finite; its norm, and if so."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip).detach()
+    skipped = (~torch.isfinite(norm)).float()
+    # The fused optimiser reads this on the device, as it does for torch's gradient scaler: the
+    # processor need not wait to know.
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
-    return norm.detach()
+    return norm, skipped
 
 
 class _Means:
-    """Weighted means that stay on the device."""
+    """Weighted means of what is finite; everything stays on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, int] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor, weight: int) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value * weight
-        self._weights[name] = self._weights.get(name, 0) + weight
+        finite = torch.isfinite(value)
+        kept = torch.where(finite, value, 0.0) * weight
+        self._sums[name] = self._sums.get(name, 0.0) + kept
+        self._weights[name] = self._weights.get(name, 0.0) + finite.to(value.dtype) * weight
+
+    def count(self, name: str, value: Tensor) -> None:
+        """Add up what every process counts alike."""
+        self._counts[name] = self._counts.get(name, 0.0) + value
 
     def means(self, world: World) -> dict[str, Tensor]:
-        """Over the minibatches of all processes."""
-        if world.size == 1:
-            return {name: total / self._weights[name] for name, total in self._sums.items()}
-        names = sorted(self._sums)
-        sums = torch.stack([self._sums[name].double() for name in names])
-        weights = torch.tensor([self._weights[name] for name in names]).to(sums)
-        found = world.total(torch.stack([sums, weights]))
-        return dict(zip(names, found[0] / found[1], strict=True))
+        """Over the minibatches of all processes; NaN where nothing was finite."""
+        sums, weights = self._sums, self._weights
+        if world.size > 1:
+            names = sorted(sums)
+            table = torch.stack([torch.stack([sums[n], weights[n]]) for n in names])
+            found = world.total(table.double())
+            sums = dict(zip(names, found[:, 0], strict=True))
+            weights = dict(zip(names, found[:, 1], strict=True))
+        return {name: sums[name] / weights[name] for name in sums} | self._counts
