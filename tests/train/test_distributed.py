@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -288,6 +289,61 @@ def test_a_mistake_is_told_and_ends_all_processes(tmp_path: Path) -> None:
     assert "roadvla: error: 8 environments cannot be shared equally by 3 processes" in err
     assert "Traceback" not in err
     assert all("roadvla: error:" in line for line in err.splitlines())
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[str, str]]:
+    """Two network namespaces joined by a cable: what two machines see of each other."""
+    names = tuple(f"roadvla-{os.getpid()}-{number}" for number in (1, 2))
+    ends = ("roadvla1", "roadvla2")
+    commands = [f"ip netns add {name}" for name in names]
+    commands.append(
+        f"ip link add {ends[0]} netns {names[0]} type veth peer {ends[1]} netns {names[1]}"
+    )
+    for number, (name, end) in enumerate(zip(names, ends, strict=True), start=1):
+        commands += [
+            f"ip -n {name} addr add 10.77.0.{number}/24 dev {end}",
+            f"ip -n {name} link set {end} up",
+            f"ip -n {name} link set lo up",
+        ]
+    try:
+        for command in commands:
+            done = subprocess.run(command.split(), capture_output=True, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"no network namespaces here: {done.stderr.strip()}")
+        yield names
+    except FileNotFoundError:
+        pytest.skip("no network namespaces here: there is no `ip`")
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True, check=False)
+
+
+def test_two_hosts_learn_what_one_does(
+    reference: Path, hosts: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    processes = []
+    for rank, host in enumerate(hosts):
+        command = [
+            *("ip", "netns", "exec", host, sys.executable, "-m", "torch.distributed.run"),
+            *("--nnodes", "2", "--nproc-per-node", "1", "--node-rank", str(rank)),
+            *("--master-addr", "10.77.0.1", "--master-port", "29500"),
+            *("-m", "roadvla", "train", *SMALL.split(), "--output", str(folder)),
+        ]
+        environment = {**os.environ, "GLOO_SOCKET_IFNAME": f"roadvla{rank + 1}"}
+        processes.append(
+            subprocess.Popen(
+                command,
+                env={**environment, "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    results = [finish(process) for process in processes]
+    assert [code for code, _, _ in results] == [0, 0], results
+    assert_alike(reference, folder)
 
 
 def _child(parent: int, *, rank: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from roadvla import envs
 from roadvla.envs.base import Privileged, VectorEnv
-from roadvla.errors import UserError
+from roadvla.errors import UserError, WorkerError
 from roadvla.evaluation.failures import EVENTS, EventLog, as_lists
 from roadvla.evaluation.machine import describe_machine
 from roadvla.evaluation.stats import wilson
@@ -31,6 +31,8 @@ from roadvla.world import World
 
 SPLITS = ("train", "test")
 _OUTCOMES = ("success", "success_once", "grasped")
+_TRIES = 3
+"""Times that a batch is run when a simulation dies in it: its episodes are the same each time."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +230,18 @@ def _run_all(
     for batch, start in enumerate(range(0, plan.episodes, size)):
         ids = torch.arange(start, start + size, device=world.device)[ranks.rows(size)]
         filmed = max(0, min(world.num_envs, plan.record - start)) if ranks.is_first else 0
-        generator = _generator(plan.seed, batch, world.device)
-        columns, film = _run_batch(policy, world, ids, plan, generator, filmed)
-        for name, values in as_lists(columns, ranks).items():
+        for _ in range(_TRIES):
+            generator = _generator(plan.seed, batch, world.device)
+            columns, film = _run_batch(policy, world, ids, plan, generator, filmed)
+            outcomes = as_lists(columns, ranks)
+            if not any(outcomes.pop("lost", ())):
+                break
+        else:
+            raise WorkerError(
+                f"episodes {start} to {start + size - 1} were lost {_TRIES} times: their "
+                f"simulation dies, see the warnings above"
+            )
+        for name, values in outcomes.items():
             found.setdefault(name, []).extend(values[: plan.episodes - start])
         if film is not None:
             films.append(film)
@@ -273,7 +284,7 @@ def _run_batch(
             log.note(watched.snapshot(), info["success"])
         if filmed:
             frames.append(image[:filmed].clone())
-    columns = {name: info[name] for name in _OUTCOMES}
+    columns = {name: info[name] for name in (*_OUTCOMES, "lost") if name in info}
     if log is not None:
         columns["mode"], events = log.outcome(info["success"], info["success_once"])
         columns |= events
