@@ -18,6 +18,7 @@ _LATER: dict[str, Any] = {
     "optimizer.max_skipped": 5,
     "optimizer.blocks": 1,
     "rollout.overlap": False,
+    "openvla.shard": False,
 }
 """Settings that did not always exist, and the value that means what was done before them."""
 

@@ -26,12 +26,14 @@ class Share:
         owner: Rank of the process that holds each, on the CPU.
         place: Where it stands in that process's own batch, on the CPU.
         block: Which block of environments it is from, on the CPU; ``None`` for one block.
+        in_step: Whether every process must make as many passes as every other.
     """
 
     world: World
     owner: Int[Tensor, " N"]
     place: Int[Tensor, " N"]
     block: Int[Tensor, " N"] | None = None
+    in_step: bool = False
 
     @staticmethod
     def alone(count: int) -> Share:
@@ -96,8 +98,8 @@ class Share:
 
     def passes(
         self, group: Int[Tensor, " n"], minibatch: int, device: torch.device
-    ) -> list[Int[Tensor, " m"]]:
-        """Cut this process's part of a group into passes, as many in every process.
+    ) -> list[tuple[Int[Tensor, " m"], float]]:
+        """Cut this process's part of a group into passes.
 
         Args:
             group: From ``groups``.
@@ -105,13 +107,19 @@ class Share:
             device: Of the result.
 
         Returns:
-            Places in this process's batch; a process that has little of the group may have empty
-            passes.
+            Places in this process's batch, and what part of the group each pass is. Where processes
+            go in step, one that has too little of the group looks at a transition that counts for
+            nothing.
         """
         owner = self.owner[group]
         most = int(owner.bincount().max())
         own = self.place[group[owner == self.world.rank]]
-        return [part.to(device) for part in own.tensor_split(math.ceil(most / minibatch))]
+        parts = own.tensor_split(math.ceil(most / minibatch))
+        passes = [(part.to(device), len(part) / len(group)) for part in parts if len(part)]
+        if self.in_step:
+            nothing = torch.zeros(1, dtype=torch.int64, device=device)
+            passes += [(nothing, 0.0)] * (len(parts) - len(passes))
+        return passes
 
 
 def split(index: Tensor, size: int) -> tuple[Tensor, ...]:

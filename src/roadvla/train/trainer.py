@@ -349,7 +349,7 @@ class Trainer:
         if self._demonstrations is not None:
             size = count * self._env.horizon
             batch = self._demonstrations.sample(self.policy, size, self.generator, world)
-            return batch, Share.of_rows(size, world), {}
+            return batch, self._in_step(Share.of_rows(size, world)), {}
         repeats = algorithm.group_size if algorithm.algo == "grpo" else 1
         ids = training_episode_ids(
             experiment.seed, self.progress.episodes, count, repeats=repeats, device=self._device
@@ -379,7 +379,17 @@ class Trainer:
                 )
         batch, metrics = guide(rollout, algorithm, reference, generator=self.generator, world=world)
         blocks = experiment.optimizer.blocks
-        return batch, Share.of_rollout(rollout.active, world, blocks=blocks), metrics
+        share = Share.of_rollout(rollout.active, world, blocks=blocks)
+        return batch, self._in_step(share), metrics
+
+    def _in_step(self, share: Share) -> Share:
+        """Ask for as many passes in every process, if they hold the policy together."""
+        spread = self.world.size > 1 and self._parts.spread is not None
+        return dataclasses.replace(share, in_step=spread)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        named = cast("torch.nn.Module", self.policy).named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
 
     def _make_envs(self) -> list[VectorEnv]:
         """Make this process's environments: one, or two halves that are stepped in turn."""
@@ -423,18 +433,22 @@ class Trainer:
         if critic is not None:
             check_critic_trained(Path(critic))
         sizes = loading_sizes(experiment.device, experiment.policy, experiment.openvla)
+        spread = self._parts.spread if self.world.size > 1 else None
+        device = self._device if spread is None else torch.device("cpu")
         with within_memory("loading the policy", *sizes):
             self.policy = (
-                self._parts.load_backbone(self._device)
+                self._parts.load_backbone(device)
                 if folder is None
-                else self._parts.load_policy(folder, self._device)
+                else self._parts.load_policy(folder, device)
             )
             self._reference: Critic | None = None
             if critic is not None:
                 self._reference = self._parts.critic(
-                    policy_folder(Path(critic)), self.policy, self._device
+                    policy_folder(Path(critic)), self.policy, device
                 )
                 self._share_vision = self._reference.shares_vision(self.policy)
+            if spread is not None:
+                spread(self.policy, self._reference, self._device, self.world.size)
 
     @property
     def _acting(self) -> tuple[str, list[str]]:
@@ -475,7 +489,7 @@ class Trainer:
             iteration=number,
             reason="; ".join(reasons),
             metrics=metrics,
-            parameters=dict(cast("torch.nn.Module", self.policy).named_parameters()),
+            parameters=self._trained(),
             batch=batch,
             about=about(self.experiment.device),
         )

@@ -300,10 +300,10 @@ class _Learning:
         policy, temperature = self.policy, self.temperature
         device = self.batch.action_tokens.device
         logits = [torch.zeros(0, policy.num_tokens, policy.num_bins, device=device)]
-        for place in self.share.passes(index, self.settings.minibatch, device):
-            if len(place):
-                part = select(self.batch, place)
-                logits.append(policy.evaluate(part.observation, part.action_tokens)[0])
+        for place, portion in self.share.passes(index, self.settings.minibatch, device):
+            part = select(self.batch, place)
+            found, _ = policy.evaluate(part.observation, part.action_tokens)
+            logits.append(found if portion else found[:0])
         return (torch.cat(logits) / temperature).log_softmax(-1)
 
     def _accumulate(
@@ -319,9 +319,8 @@ class _Learning:
         self.optimizer.zero_grad(set_to_none=True)
         if gradients is not None:
             gradients.open()
-        places = self.share.passes(group, self.settings.minibatch, device)
-        places = [place for place in places if len(place)]
-        for number, place in enumerate(places, start=1):
+        passes = self.share.passes(group, self.settings.minibatch, device)
+        for number, (place, portion) in enumerate(passes, start=1):
             total, parts = losses(
                 self.policy,
                 select(self.batch, place),
@@ -329,13 +328,12 @@ class _Learning:
                 temperature=self.temperature,
                 value_only=value_only,
             )
-            portion = len(place) / len(group)
-            if gradients is not None and number == len(places):
+            if gradients is not None and number == len(passes):
                 gradients.last()
             (total * portion).backward()
             kl = kl + parts.pop("policy/kl_estimate") * portion
             for name, value in parts.items():
-                totals.add(name, value, len(place))
+                totals.add(name, value, len(place) if portion else 0)
         if gradients is not None:
             gradients.close()
         return kl

@@ -232,6 +232,10 @@ class ReferenceCritic:
     def __init__(self, policy: OpenVLAPolicy, head: ValueHead) -> None:
         self._policy, self._head = policy, head
 
+    def to(self, device: torch.device) -> None:
+        """Follow the policy to another device."""
+        self._head = self._head.to(device)
+
     def value(self, observation: Observation) -> Float[Tensor, " N"]:
         """Value by the reference adapter and head, without gradient."""
         with switched(self._policy.model, _REFERENCE, back=_LIVE):
