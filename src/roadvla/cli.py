@@ -97,6 +97,7 @@ def train(arguments: list[str]) -> None:
             "rollout",
         ),  # evaluation has a temperature of its own
         resume=(bool, False, "Continue the run in the output folder, started with these flags."),
+        resume_if_begun=(bool, False, "Continue it if it is there, begin it if not: for queues."),
         force=(bool, False, "Replace the run in the output folder."),
         nproc=(int, 1, "Processes on this machine that share the run, one per GPU."),
         max_restarts=(int, 0, "How often they go on from the last checkpoint if one fails."),
@@ -107,6 +108,7 @@ def train(arguments: list[str]) -> None:
         arguments,
         experiment=value_of(Experiment, chosen),
         resume=chosen.resume,
+        if_begun=chosen.resume_if_begun,
         force=chosen.force,
     )
 
@@ -131,6 +133,7 @@ def _train(
     experiment: Experiment | None = None,
     folder: Path | None = None,
     resume: bool = True,
+    if_begun: bool = False,
     force: bool = False,
 ) -> None:
     """Train, here or in processes that are started with the same arguments."""
@@ -145,8 +148,8 @@ def _train(
         return
     if experiment is None:
         experiment = load_experiment(folder or Path())
-    if was_restarted() and (Path(experiment.output) / CONFIG).exists():
-        resume = True
+    if if_begun or was_restarted():
+        resume = (Path(experiment.output) / CONFIG).exists()
     done = run(experiment, resume=resume, force=force and not was_restarted())
     if speaks():
         print(done)
