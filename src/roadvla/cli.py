@@ -349,8 +349,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the program's name; the process's own unless given.
 
     Returns:
-        0; 1 if a check or a worker fails; 2 for bad input or a full disk; 130 after Ctrl-C; 141
-        when the reader of stdout left.
+        0; 1 if a check or a worker fails; 2 for bad input or a full disk; 75 after SIGTERM or
+        SIGUSR1; 130 after Ctrl-C; 141 when the reader of stdout left.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -368,7 +368,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 141
         return _fail(f"error: {error}", 2)
     except KeyboardInterrupt as interrupt:
-        return _fail(str(interrupt) or "interrupted", 130)
+        return _fail(str(interrupt) or "interrupted", getattr(interrupt, "code", 130))
     return 0
 
 

@@ -99,6 +99,14 @@ class World:
             return flag
         return bool(self.total(torch.tensor(int(flag))) > 0)
 
+    def most(self, number: int) -> int:
+        """The largest of everyone's numbers, below 2⁶³.
+
+        Raises:
+            LostContactError: If another process does not take part.
+        """
+        return number if self.size == 1 else int(self.gather(torch.tensor([number])).max())
+
     def agree(self, number: int) -> bool:
         """Whether every process has the same number, below 2⁶³.
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from probes import TablePolicy, load_table, save_table
 from roadvla.errors import UserError
 from roadvla.train.checkpoint import (
     Progress,
+    good_checkpoint,
     latest_checkpoint,
     policy_folder,
     read_progress,
@@ -22,6 +24,7 @@ from roadvla.train.checkpoint import (
 from roadvla.train.config import Algorithm, Optimizer
 from roadvla.train.update import make_optimizer, update
 
+FORMAT_1 = Path(__file__).parents[1] / "golden/checkpoint_format_1/checkpoints"
 SETTINGS = Optimizer(learning_rate=0.05, minibatch=16)
 
 
@@ -73,16 +76,18 @@ def test_a_restored_run_goes_on_bit_for_bit(tmp_path, value_only):
     assert read_progress(folder) == progress()
 
 
-def test_nothing_is_left_but_the_last_checkpoint(tmp_path):
+def test_nothing_is_left_but_the_last_two_checkpoints(tmp_path):
     state = trained()
-    save(tmp_path, state, 1)
-    save(tmp_path, state, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration_000002", "latest.json"]
+    for iteration in (1, 2, 3):
+        save(tmp_path, state, iteration)
+    left = ["iteration_000002", "iteration_000003", "latest.json"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == left
     assert json.loads((tmp_path / "latest.json").read_text()) == {
-        "iteration": 2,
-        "folder": "iteration_000002",
+        "iteration": 3,
+        "folder": "iteration_000003",
     }
-    assert sorted(p.name for p in (tmp_path / "iteration_000002").iterdir()) == [
+    assert sorted(p.name for p in (tmp_path / "iteration_000003").iterdir()) == [
+        "manifest.json",
         "optimizer.safetensors",
         "policy.json",
         "policy.safetensors",
@@ -100,10 +105,10 @@ def test_all_checkpoints_are_kept_when_asked(tmp_path):
 
 def test_chosen_checkpoints_are_kept(tmp_path):
     state = trained()
-    for iteration in range(1, 5):
+    for iteration in range(1, 6):
         save(tmp_path, state, iteration, kept=(2, 7))
     assert sorted(p.name for p in tmp_path.glob("iteration_*")) == [
-        *("iteration_000002", "iteration_000004"),
+        *("iteration_000002", "iteration_000004", "iteration_000005"),
     ]
 
 
@@ -127,7 +132,7 @@ def test_what_an_interrupted_save_left_goes_with_the_next(tmp_path, keep_all):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["iteration_000002", "latest.json"]
 
 
-@pytest.mark.parametrize("call", range(7))  # six writes reach the disk; the seventh is none
+@pytest.mark.parametrize("call", range(10))  # nine writes reach the disk; the tenth is none
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, call):
     state = trained()
     kept = save(tmp_path, state, 1)
@@ -141,7 +146,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, call):
         real(descriptor)
 
     monkeypatch.setattr(os, "fsync", full)
-    if call < 6:
+    if call < 9:
         with pytest.raises(UserError, match=r"No space left on device.*intact.*--resume"):
             save(tmp_path, state, 2)
     else:
@@ -150,7 +155,11 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch, call):
     latest = latest_checkpoint(tmp_path)
     assert latest is not None
     assert read_progress(latest).iteration in (1, 2)
-    assert call >= 5 or latest == kept
+    assert call >= 8 or latest == kept
+    found, passed_over = good_checkpoint(tmp_path)
+    assert found is not None
+    assert passed_over == ""
+    assert read_progress(found).iteration == (1 if call < 6 else 2)
     policy = load_table(latest)
     restore_optimizer(latest, policy, make_optimizer(policy, SETTINGS), torch.Generator())
     assert not list(tmp_path.glob(".*partial*/*"))
@@ -211,16 +220,18 @@ def _refused(folder, says):
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("format", 2, "format 2, expected 1"),
+        ("format", 3, r"format 3, expected one of \[1, 2\]: if a newer roadvla"),
+        ("format", None, "format None"),
+        ("format", 2, r"manifest\.json is missing"),
         ("iteration", "3", "iteration is '3'"),
         ("episodes", None, "episodes is None"),
         ("env_steps", True, "env_steps is True"),
-        ("config", None, "config is missing"),
-        ("sha256", 1, "sha256 is missing"),
+        ("config", None, "config is None"),
     ],
 )
-def test_a_damaged_state_is_refused(tmp_path, name, value, says):
-    folder = save(tmp_path, trained())
+def test_a_damaged_state_of_format_1_is_refused(tmp_path, name, value, says):
+    """Later formats have a checksum for it."""
+    folder = Path(shutil.copytree(FORMAT_1, tmp_path / "checkpoints")) / "iteration_000006"
     data = json.loads((folder / "state.json").read_text())
     (folder / "state.json").write_text(json.dumps({**data, name: value}))
     with pytest.raises(UserError, match=says):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from probe_runs import LAST, assert_same_run, rows, run
 from safetensors.torch import load_file
 
 from probes import PARTS, ColourEnv, TablePolicy, load_table, probe_experiment, save_table
@@ -23,40 +24,6 @@ from roadvla.train.interrupt import Interrupted
 from roadvla.train.metrics import MetricsWriter, read_metrics
 from roadvla.train.run_folder import load_experiment
 from roadvla.train.trainer import TrainingDivergedError, train
-
-LAST = "checkpoints/iteration_000012"
-
-
-def run(output, *, resume=False, force=False, parts=PARTS, **changes) -> Path:
-    return train(probe_experiment(output, **changes), resume=resume, force=force, parts=parts)
-
-
-def rows(folder):
-    skipped = ("time/", "memory/")
-    return [
-        {name: value for name, value in row.items() if not name.startswith(skipped)}
-        for row in read_metrics(folder)
-    ]
-
-
-def assert_same_run(a: Path, b: Path) -> None:
-    for name in ("policy.safetensors", "optimizer.safetensors"):
-        mine, theirs = load_file(a / LAST / name), load_file(b / LAST / name)
-        assert mine.keys() == theirs.keys()
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
-    assert (a / LAST / "state.json").read_text() == (b / LAST / "state.json").read_text()
-    assert rows(a) == rows(b)
-    assert [row["iteration"] for row in rows(a)] == list(range(13))
-    for split in ("train", "test"):
-        name = f"evaluation/VR-UnseenTable_{split}.json"
-        mine, theirs = read_evaluation(a / name), read_evaluation(b / name)
-        assert mine.success == theirs.success
-        assert mine.iteration == theirs.iteration == 12
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    return run(tmp_path_factory.mktemp("finished") / "run")
 
 
 def test_the_run_folder_holds_what_it_should(finished):
@@ -492,7 +459,7 @@ def test_checkpoints_can_all_be_kept(tmp_path):
 def test_chosen_iterations_are_saved_and_kept(tmp_path):
     folder = run(tmp_path / "run", kept_iterations=(1, 6, 7))
     assert [p.name for p in sorted((folder / "checkpoints").glob("iteration_*"))] == [
-        f"iteration_{i:06d}" for i in (1, 6, 7, 12)
+        f"iteration_{i:06d}" for i in (1, 6, 7, 9, 12)
     ]
     assert load_experiment(folder).kept_iterations == (1, 6, 7)
 

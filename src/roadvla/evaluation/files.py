@@ -7,6 +7,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -68,12 +69,21 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> Path:
     text = json.dumps(_to_json(evaluation), indent=1, allow_nan=False) + "\n"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        # An earlier film would show other episodes' outcomes than the numbers beside it.
-        film_path(path).unlink(missing_ok=True)
-        _write_atomically(path, lambda file: file.write(text.encode()))
-        if evaluation.film is not None:
-            film = evaluation.film
-            _write_atomically(film_path(path), lambda file: _save_film(file, film))
+        with ExitStack() as written:
+            numbers = _beside(path, lambda file: file.write(text.encode()))
+            written.callback(numbers.unlink, missing_ok=True)
+            film, frames = evaluation.film, None
+            if film is not None:
+                frames = _beside(film_path(path), lambda file: _save_film(file, film))
+                written.callback(frames.unlink, missing_ok=True)
+            # Cut off here, numbers never stand beside another evaluation's film or without theirs:
+            # there are none, so they are measured again.
+            if frames is not None or film_path(path).exists():
+                path.unlink(missing_ok=True)
+            film_path(path).unlink(missing_ok=True)
+            if frames is not None:
+                frames.replace(film_path(path))
+            numbers.replace(path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
@@ -246,15 +256,15 @@ def _save_film(file: BinaryIO, film: Film) -> None:
     )
 
 
-def _write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write beside the target, flush to disk, then rename: the target is whole or untouched."""
+def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    """Write what is to become a file under another name, on disk when this returns."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    return temporary

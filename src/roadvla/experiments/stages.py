@@ -15,7 +15,7 @@ from roadvla.evaluation.files import count_filmed, find_evaluation, write_evalua
 from roadvla.policy import load_policy
 from roadvla.train.checkpoint import policy_folder, read_progress
 from roadvla.train.config import EvaluationConfig, Experiment
-from roadvla.train.interrupt import Interrupted
+from roadvla.train.interrupt import raise_queue_signals, stopped
 from roadvla.train.progress import Display
 from roadvla.train.run_folder import CONFIG
 from roadvla.train.trainer import train
@@ -27,15 +27,16 @@ _TEMPERATURE = EvaluationConfig().temperature
 
 @contextmanager
 def continued_by(command: str) -> Iterator[None]:
-    """Answer Ctrl-C in the block with the command that goes on from what is finished.
+    """Answer Ctrl-C or a queue's signal in the block with the command that goes on from there.
 
     Raises:
-        Interrupted: After Ctrl-C.
+        Interrupted: After Ctrl-C, ``Preempted`` after SIGTERM or SIGUSR1.
     """
     try:
-        yield
+        with raise_queue_signals():
+            yield
     except KeyboardInterrupt as error:
-        raise Interrupted(f"stopped; go on with the same command: {command}") from error
+        raise stopped(error, f"stopped; go on with the same command: {command}") from error
 
 
 def ensure_warm_up(settings: WarmUp) -> Path:

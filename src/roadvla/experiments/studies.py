@@ -22,6 +22,7 @@ from roadvla.experiments.schedule import run_grid
 from roadvla.experiments.stages import continued_by
 from roadvla.policy.settings import PolicyKind
 from roadvla.report.site import write_page
+from roadvla.train.lock import locked
 
 BudgetName = Literal["smoke", "full", "paper"]
 ExecutorName = Literal["local", "ray"]
@@ -70,7 +71,8 @@ def run_studies(request: StudyRequest) -> Path:
 
     Raises:
         Interrupted: After Ctrl-C; running cells save first.
-        UserError: If there is no such study, or a cell fails; the others are finished first.
+        UserError: If there is no such study, another process works in the folder, or a cell fails;
+            the others are finished first.
     """
     root = request.output or Path("runs") / f"study-{request.sim}-{request.budget}"
     command = _command(request, root)
@@ -80,9 +82,9 @@ def run_studies(request: StudyRequest) -> Path:
             raise UserError(f"{name} is {value}: expected 1 or more")
     usable_device(request.device)
     grid = _grid(request, root, command)
-    for study in grid.studies:
-        write_study(study, grid.root / "studies")
-    with continued_by(command):
+    with continued_by(command), locked(grid.root):
+        for study in grid.studies:
+            write_study(study, grid.root / "studies")
         try:
             run_grid(grid, _executor(request), Origin(command=command, commit=source_commit()))
         except UserError:

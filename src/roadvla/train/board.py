@@ -6,10 +6,13 @@ TensorBoard's writer hands events to a thread, whose errors (a full disk) nobody
 from __future__ import annotations
 
 import io
+import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+_PREFIX = "events.out.tfevents."
 
 
 class Board:
@@ -35,16 +38,21 @@ class Board:
         self._summary: Any = getattr(summary_pb2, "Summary")  # noqa: B009
         self._record_writer = RecordWriter
         folder.mkdir(parents=True, exist_ok=True)
-        # TensorBoard reads the files of a folder in the order of their names.
-        self._path = folder / f"events.out.tfevents.{time.time_ns()}"
+        self._path = folder / f"{_PREFIX}{_number(folder)}"
+        self._append(self._event(wall_time=time.time(), step=start, file_version="brain.Event:2"))
+        self.hide(start)
+
+    def hide(self, start: int) -> None:
+        """Hide all events so far at this step or later, in this file and earlier ones.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
         begins = self._session(status=self._session.START)
-        self._append(
-            self._event(wall_time=time.time(), step=start, file_version="brain.Event:2"),
-            self._event(wall_time=time.time(), step=start, session_log=begins),
-        )
+        self._append(self._event(wall_time=time.time(), step=start, session_log=begins))
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Append the scalars of one step; they are handed to the system when this returns.
+        """Append the scalars of one step; they are on disk when this returns.
 
         Raises:
             OSError: If the file cannot be written.
@@ -62,3 +70,14 @@ class Board:
             writer.write(event.SerializeToString())
         with self._path.open("ab") as file:
             file.write(data.getvalue())
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _number(folder: Path) -> int:
+    """Number a new file so that it is read last, even if the clock was set back meanwhile.
+
+    TensorBoard reads the files of a folder in the order of their names.
+    """
+    names = (path.name.removeprefix(_PREFIX) for path in folder.glob(f"{_PREFIX}*"))
+    return max([time.time_ns(), *(int(name) + 1 for name in names if name.isdecimal())])

@@ -2,9 +2,10 @@
 
 A checkpoint is a folder ``iteration_NNNNNN`` with the policy (``policy.json`` and its weights, of
 an OpenVLA adapter and value head alone), ``optimizer.safetensors`` (AdamW's moments by parameter
-name, the state of the random generator, and what else the run has learned) and ``state.json``
-(counters, the configuration's fingerprint, checksums). ``latest.json`` beside the folders names
-the last complete one.
+name, the state of the random generator, and what else the run has learned), ``state.json``
+(counters and the configuration's fingerprint) and ``manifest.json`` (size and checksum of each of
+them). ``latest.json`` beside the folders names the last complete one; the one before it is kept
+too, to fall back on.
 """
 
 from __future__ import annotations
@@ -25,11 +26,26 @@ from torch import Tensor, nn
 
 from roadvla.errors import UserError
 from roadvla.policy.base import Policy
+from roadvla.train.manifest import (
+    ELSEWHERE,
+    FORMAT,
+    OPTIMIZER,
+    STATE,
+    DamagedError,
+    as_json,
+    read_files,
+    read_object,
+    sync_folder,
+    verify,
+    write_manifest,
+    write_synced,
+)
 
-FORMAT = 1
 _GENERATOR = "generator"
 _MEMORY = "memory:"
-_ELSEWHERE = "take another checkpoint or start a new run"
+_LATEST = "latest.json"
+_KEPT = 2
+"""The last checkpoint, and the one to fall back on should it be damaged."""
 
 
 @runtime_checkable
@@ -66,9 +82,10 @@ def save_checkpoint(
     kept: Collection[int] = (),
     memory: Mapping[str, Tensor] | None = None,
 ) -> Path:
-    """Write a checkpoint, then point ``latest.json`` at it, then drop the earlier ones.
+    """Write a checkpoint, then point ``latest.json`` at it, then drop all but the last two.
 
-    Whatever happens on the way, the checkpoint that ``latest.json`` names is complete.
+    Whatever happens on the way, the checkpoint that ``latest.json`` names is complete, and so is
+    every folder called ``iteration_NNNNNN``: each appears and goes by being renamed.
 
     Args:
         root: The run's ``checkpoints`` folder.
@@ -92,17 +109,14 @@ def save_checkpoint(
         save_policy(policy, temporary)
         remembered = {f"{_MEMORY}{name}": t.cpu() for name, t in (memory or {}).items()}
         data = save({**_optimizer_tensors(policy, optimizer, generator), **remembered})
-        _write(temporary / "optimizer.safetensors", data)
-        state = {"format": FORMAT, **asdict(progress), "sha256": hashlib.sha256(data).hexdigest()}
-        _write(temporary / "state.json", _json(state))
-        _sync_folder(temporary)
-        shutil.rmtree(final, ignore_errors=True)
+        (temporary / OPTIMIZER).write_bytes(data)
+        (temporary / STATE).write_bytes(as_json({"format": FORMAT, **asdict(progress)}))
+        write_manifest(temporary)
+        sync_folder(temporary)
+        _discard(final)
         os.replace(temporary, final)
-        _sync_folder(root)
-        latest = root / ".latest.json.partial"
-        _write(latest, _json({"iteration": progress.iteration, "folder": name}))
-        os.replace(latest, root / "latest.json")
-        _sync_folder(root)
+        sync_folder(root)
+        _point_at(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -110,14 +124,88 @@ def save_checkpoint(
             f"cannot write checkpoint {final}: {reason}; the last one is intact: free space, then "
             f"go on with --resume"
         ) from error
-    if not keep_all:
-        spared = {name, *(f"iteration_{iteration:06d}" for iteration in kept)}
-        for old in root.glob("iteration_*"):
-            if old.name not in spared:
-                shutil.rmtree(old, ignore_errors=True)
+    _retire(root, progress.iteration, keep_all=keep_all, kept=kept)
+    return final
+
+
+def _point_at(folder: Path) -> None:
+    """Name a checkpoint in ``latest.json``."""
+    partial, number = folder.with_name(f".{_LATEST}.partial"), int(folder.name.rpartition("_")[2])
+    write_synced(partial, as_json({"iteration": number, "folder": folder.name}))
+    os.replace(partial, folder.with_name(_LATEST))
+    sync_folder(folder.parent)
+
+
+def _retire(root: Path, iteration: int, *, keep_all: bool, kept: Collection[int]) -> None:
+    """Drop what is not to be kept once the checkpoint of an iteration is there."""
+    earlier = [number for number in _iterations(root) if number <= iteration]
+    spared = {*(earlier if keep_all else earlier[:_KEPT]), *(n for n in kept if n <= iteration)}
+    # A later one is of work that was lost: the run fell back behind it, for it was damaged.
+    for number in _iterations(root):
+        if number not in spared:
+            _discard(_folder(root, number))
     for abandoned in root.glob(".iteration_*.partial"):
         shutil.rmtree(abandoned, ignore_errors=True)
-    return final
+
+
+def _discard(folder: Path) -> None:
+    """Remove a checkpoint; cut off half-way, what is left does not look like one."""
+    if folder.is_dir():
+        going = folder.with_name(f".{folder.name}.old.partial")
+        shutil.rmtree(going, ignore_errors=True)
+        os.replace(folder, going)
+        shutil.rmtree(going, ignore_errors=True)
+
+
+def _iterations(root: Path) -> list[int]:
+    """Number the checkpoints that there are, the newest first."""
+    numbers = (path.name.removeprefix("iteration_") for path in root.glob("iteration_*"))
+    return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
+
+
+def _folder(root: Path, iteration: int) -> Path:
+    return root / f"iteration_{iteration:06d}"
+
+
+def good_checkpoint(root: Path) -> tuple[Path | None, str]:
+    """Find the newest checkpoint of a run's ``checkpoints`` folder that is as it was written.
+
+    Every file is read and compared with its recorded checksum. ``latest.json`` is mended if it does
+    not name what is found.
+
+    Returns:
+        The checkpoint, ``None`` if the run has none yet; and why newer ones were passed over, if
+        any were.
+
+    Raises:
+        UserError: If there are checkpoints and none is good, or one is of an unknown format.
+    """
+    try:
+        named = latest_checkpoint(root)
+        damaged: list[str] = []
+    except DamagedError as error:
+        named, damaged = None, [_reason(error)]
+    for number in _iterations(root):
+        folder = _folder(root, number)
+        try:
+            verify(folder)
+            read_progress(folder)
+        except DamagedError as error:
+            damaged.append(_reason(error))
+            continue
+        if folder != named:
+            _point_at(folder)
+        return folder, "; ".join(damaged)
+    if damaged:
+        raise UserError(
+            f"{root} holds no checkpoint that can be used ({'; '.join(damaged)}): start a new run, "
+            f"or delete that folder to begin this one again"
+        )
+    return None, ""
+
+
+def _reason(error: DamagedError) -> str:
+    return str(error).removesuffix(f"; {ELSEWHERE}")
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -126,13 +214,13 @@ def latest_checkpoint(root: Path) -> Path | None:
     Raises:
         UserError: If ``latest.json`` is damaged or names a folder that is gone.
     """
-    path = root / "latest.json"
+    path = root / _LATEST
     if not path.exists():
         return None
-    data = _read_json(path)
+    data = read_object(path)
     name = data.get("folder")
     if not isinstance(name, str) or not (root / name).is_dir():
-        raise UserError(f"{path} names the checkpoint {name!r}, which is not there; {_ELSEWHERE}")
+        raise DamagedError(f"{path} names the checkpoint {name!r}, which is not there; {ELSEWHERE}")
     return root / name
 
 
@@ -197,16 +285,19 @@ def restore_optimizer(
     Raises:
         UserError: If the file is missing, damaged, or does not fit the policy.
     """
-    path = folder / "optimizer.safetensors"
+    path = folder / OPTIMIZER
+    recorded = read_files(folder).get(OPTIMIZER, {}).get("sha256")
     try:
         data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest() != recorded:
+            raise DamagedError(
+                f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}"
+            )
         tensors = load(data)
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); {_ELSEWHERE}") from error
-    if hashlib.sha256(data).hexdigest() != _read_state(folder)["sha256"]:
-        raise UserError(f"{path} is damaged: its checksum is not the recorded one; {_ELSEWHERE}")
+        raise DamagedError(f"{path} is missing or damaged ({error}); {ELSEWHERE}") from error
     if _GENERATOR not in tensors:
-        raise UserError(f"{path} does not hold the random generator's state; {_ELSEWHERE}")
+        raise UserError(f"{path} does not hold the random generator's state; {ELSEWHERE}")
     generator.set_state(tensors.pop(_GENERATOR))
     remembered = [name for name in tensors if name.startswith(_MEMORY)]
     memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in remembered}
@@ -215,7 +306,7 @@ def restore_optimizer(
     for key, tensor in tensors.items():
         name, _, moment = key.rpartition(".")
         if name not in states or (moment != "step" and tensor.shape != parameters[name].shape):
-            raise UserError(f"{path} does not fit the policy beside it at {name}; {_ELSEWHERE}")
+            raise UserError(f"{path} does not fit the policy beside it at {name}; {ELSEWHERE}")
         if moment != "step":
             # Laid out in memory as the parameter is: the fused optimiser walks both in that order.
             tensor = torch.empty_like(parameters[name], requires_grad=False).copy_(tensor)
@@ -244,7 +335,7 @@ def restore_memory(folder: Path, learner: _Learner | None, memory: Mapping[str, 
         if learner is not None:
             learner.restore(memory)
     except ValueError as error:
-        raise UserError(f"{folder} holds a damaged memory ({error}); {_ELSEWHERE}") from error
+        raise UserError(f"{folder} holds a damaged memory ({error}); {ELSEWHERE}") from error
 
 
 def _optimizer_tensors(
@@ -264,45 +355,15 @@ def _named(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, nn.Par
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
-    path = folder / "state.json"
-    data = _read_json(path)
-    if data.get("format") != FORMAT:
-        raise UserError(
-            f"{path} has format {data.get('format')!r}, expected {FORMAT}: {_ELSEWHERE}"
-        )
-    for name, kind in (("iteration", int), ("env_steps", int), ("episodes", int)):
+    path = folder / STATE
+    data = read_object(path)
+    files = read_files(folder)
+    if STATE in files and files[STATE]["sha256"] != hashlib.sha256(path.read_bytes()).hexdigest():
+        raise DamagedError(f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}")
+    for name, kind in (("iteration", int), ("env_steps", int), ("episodes", int), ("config", str)):
         if not isinstance(data.get(name), kind) or isinstance(data[name], bool):
-            raise UserError(f"{path}: {name} is {data.get(name)!r}, expected a count; {_ELSEWHERE}")
-    for name in ("config", "sha256"):
-        if not isinstance(data.get(name), str):
-            raise UserError(f"{path}: {name} is missing; {_ELSEWHERE}")
+            what = "a count" if kind is int else "a fingerprint"
+            raise DamagedError(
+                f"{path}: {name} is {data.get(name)!r}, expected {what}; {ELSEWHERE}"
+            )
     return data
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); {_ELSEWHERE}") from error
-    if not isinstance(data, dict):
-        raise UserError(f"{path} does not hold an object; {_ELSEWHERE}")
-    return data
-
-
-def _json(data: dict[str, Any]) -> bytes:
-    return (json.dumps(data, indent=1) + "\n").encode()
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

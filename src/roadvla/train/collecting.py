@@ -31,6 +31,8 @@ from roadvla.train.collection import (
 )
 from roadvla.train.demonstrations import PART, Demonstrations, save_demonstrations
 from roadvla.train.experts import Expert, expert_of
+from roadvla.train.interrupt import raise_queue_signals
+from roadvla.train.lock import locked
 from roadvla.train.memory import within_memory
 from roadvla.train.progress import Display
 from roadvla.train.run_folder import about, check_claimable
@@ -58,11 +60,24 @@ def collect(
         The folder. A part in it that is missing or damaged has been made again.
 
     Raises:
-        UserError: If the folder holds something else or cannot be written, or the expert fails too
-            often.
+        UserError: If the folder holds something else, is in use or cannot be written, or the expert
+            fails too often.
+        Preempted: After SIGTERM or SIGUSR1; finished parts are kept.
     """
     folder = Path(settings.output)
     usable_device(settings.device)
+    check_claimable(folder, force=False)
+    with raise_queue_signals(), locked(folder):
+        return _collect(settings, folder, act, make_env)
+
+
+def _collect(
+    settings: Collection,
+    folder: Path,
+    act: Expert | None,
+    make_env: Callable[..., VectorEnv],
+) -> Path:
+    """Go on with a folder that no other process writes into."""
     record = _begin(settings, folder)
     act = act or expert_of(settings.sim, settings.noise)
     half = settings.num_envs // 2
@@ -130,7 +145,6 @@ def describe(record: Record) -> list[str]:
 
 def _begin(settings: Collection, folder: Path) -> Record:
     """Find the collection to go on with, or begin one, before anything is simulated."""
-    check_claimable(folder, force=False)
     record = read_record(folder)
     if record is not None:
         check_same(record, settings, folder)
@@ -140,12 +154,6 @@ def _begin(settings: Collection, folder: Path) -> Record:
             f"{folder} holds parts of a collection whose record is missing: choose another --output"
         )
     record = Record(settings=settings_of(settings), about=about(settings.device))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(
-            f"cannot write {folder}: {error.strerror or error}; choose another --output"
-        ) from error
     record.write(folder)
     return record
 

@@ -1,4 +1,4 @@
-"""Ctrl-C: the first lets the iteration finish, the second stops at once."""
+"""Ctrl-C and a queue's signals: the first lets the iteration finish, the second stops at once."""
 
 from __future__ import annotations
 
@@ -7,37 +7,103 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PREEMPTED = 75
+"""Exit code after a queue's signal: sysexits' EX_TEMPFAIL, ask for the job to be run again."""
+_QUEUE = (signal.SIGTERM, signal.SIGUSR1)
+
 
 class Interrupted(KeyboardInterrupt):
     """The run was stopped by the user; the message says how to go on."""
 
+    code = 128 + signal.SIGINT
+
+
+class Preempted(Interrupted):
+    """The run was stopped by a queue: SIGTERM or SIGUSR1."""
+
+    code = PREEMPTED
+
+
+def stopped(by: KeyboardInterrupt, message: str) -> Interrupted:
+    """Say the same about an interrupt in other words, keeping whether a queue sent it."""
+    return Preempted(message) if isinstance(by, Preempted) else Interrupted(message)
+
 
 class Interrupts:
-    """Whether Ctrl-C has been pressed."""
+    """Whether Ctrl-C has been pressed, or a queue has asked to stop."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self._first: KeyboardInterrupt | None = None
 
-    def request(self, *_: object) -> None:
-        """Note the first Ctrl-C and obey the second.
+    @property
+    def requested(self) -> bool:
+        """Whether the block should come to its end."""
+        return self._first is not None
+
+    def request(self, number: int, _: object) -> None:
+        """Note the first signal and obey the second.
 
         Raises:
-            KeyboardInterrupt: When pressed again.
+            KeyboardInterrupt: At the second.
         """
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            raise _interrupt(number)
+        self._first = _interrupt(number)
+
+    @property
+    def kind(self) -> int:
+        """0 if nobody asked to stop, 1 after Ctrl-C, 2 if a queue asked."""
+        return 0 if self._first is None else 1 + isinstance(self._first, Preempted)
+
+
+def raise_interrupt(kind: int) -> None:
+    """Stop now if that was asked for, perhaps in another process of the run.
+
+    Args:
+        kind: As ``Interrupts.kind``.
+
+    Raises:
+        KeyboardInterrupt: If it is 1.
+        Preempted: If it is 2.
+    """
+    if kind == 2:
+        raise Preempted("stopped by the queue")
+    if kind == 1:
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def catch_interrupts() -> Iterator[Interrupts]:
-    """Collect Ctrl-C in the block instead of raising it; only the main thread can."""
+    """Collect signals in the block instead of raising them; only the main thread can."""
     interrupts = Interrupts()
+    with _handling(interrupts.request, (signal.SIGINT, *_QUEUE)):
+        yield interrupts
+
+
+@contextmanager
+def raise_queue_signals() -> Iterator[None]:
+    """Let a queue's signals interrupt the block as Ctrl-C does, as ``Preempted``."""
+    with _handling(_raise, _QUEUE):
+        yield
+
+
+@contextmanager
+def _handling(handler: object, numbers: tuple[signal.Signals, ...]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
-        yield interrupts
+        yield
         return
-    previous = signal.signal(signal.SIGINT, interrupts.request)
+    previous = {number: signal.signal(number, handler) for number in numbers}  # type: ignore[arg-type]
     try:
-        yield interrupts
+        yield
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, former in previous.items():
+            signal.signal(number, former)
+
+
+def _raise(number: int, _: object) -> None:
+    raise _interrupt(number)
+
+
+def _interrupt(number: int) -> KeyboardInterrupt:
+    name = signal.Signals(number).name
+    return Preempted(f"stopped by {name}") if number in _QUEUE else KeyboardInterrupt()

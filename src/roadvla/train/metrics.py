@@ -20,8 +20,10 @@ from torch import Tensor
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation
 from roadvla.train.board import Board
+from roadvla.train.manifest import sync_folder
 
 FILE = "metrics.jsonl"
+_COUNTERS = ("iteration", "env_steps")
 
 
 class Stopwatch:
@@ -90,7 +92,10 @@ class MetricsWriter:
             self._rewrite(rows)
         board = folder / "tensorboard"
         with _explained(board):
-            self._board = Board(board, start=env_steps + 1 if iteration else 0)
+            self._board = Board(board, start=env_steps)
+        # The last row once more: a process that was killed may have been about to write it.
+        for row in rows[-1:]:
+            self._to_board(row)
 
     def write(self, iteration: int, env_steps: int, metrics: Mapping[str, float]) -> None:
         """Append one row; it is on disk when this returns.
@@ -103,7 +108,7 @@ class MetricsWriter:
             file.write(_line(row))
             file.flush()
             os.fsync(file.fileno())
-        self._to_board(env_steps, metrics)
+        self._to_board(row)
 
     def amend(self, metrics: Mapping[str, float]) -> None:
         """Add metrics to the last row, e.g. those of the final evaluation.
@@ -111,10 +116,14 @@ class MetricsWriter:
         Raises:
             UserError: If the disk is full.
         """
-        rows = read_metrics(self._path.parent)
+        *rows, last = read_metrics(self._path.parent)
+        row = {**last, **metrics}
         with _explained(self._path):
-            self._rewrite([*rows[:-1], {**rows[-1], **metrics}])
-        self._to_board(rows[-1]["env_steps"], metrics)
+            self._rewrite([*rows, row])
+        # They may be there already, from a process that was killed before its work was done.
+        with _explained(self._path.parent / "tensorboard"):
+            self._board.hide(row["env_steps"])
+        self._to_board(row)
 
     def _rewrite(self, rows: list[dict[str, Any]]) -> None:
         temporary = self._path.with_suffix(".partial")
@@ -123,10 +132,12 @@ class MetricsWriter:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self._path)
+        sync_folder(self._path.parent)
 
-    def _to_board(self, env_steps: int, metrics: Mapping[str, float]) -> None:
+    def _to_board(self, row: Mapping[str, Any]) -> None:
+        scalars = {name: row[name] for name in row if name not in _COUNTERS}
         with _explained(self._path.parent / "tensorboard"):
-            self._board.write(env_steps, metrics)
+            self._board.write(int(row["env_steps"]), scalars)
 
 
 def evaluation_metrics(results: Iterable[Evaluation]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from roadvla.errors import UserError
 from roadvla.evaluation.machine import describe_machine
 from roadvla.train.checkpoint import is_base, policy_folder
 from roadvla.train.config import Experiment
+from roadvla.train.notes import NOTES
 from roadvla.train.serialize import difference, from_dict, setting, to_dict
 
 CONFIG = "config.json"
@@ -27,7 +28,9 @@ _POLICY_PARTS = (
     *("policy.json", "policy.safetensors", *_ADAPTER_PARTS, "dataset_statistics.json"),
     *(HISTORY, DEMONSTRATIONS),
 )
-_RUN_PARTS = ("metrics.jsonl", "metrics.partial", "tensorboard", "checkpoints", "evaluation")
+_RUN_PARTS = (
+    *("metrics.jsonl", "metrics.partial", "tensorboard", "checkpoints", "evaluation", NOTES),
+)
 _PARTS = (*_POLICY_PARTS, *_RUN_PARTS, CONFIG)
 _WITH_CRITIC = ("ppo", "road")
 _ABOUT = ("roadvla_version", "command", "started", "machine")
@@ -54,8 +57,8 @@ def check_claimable(folder: Path, *, force: bool, sources: Iterable[str | None] 
         sources: Paths that the new thing is made from; they must not be replaced by it.
 
     Raises:
-        UserError: If the folder is taken, or a source lies in what would be removed. A base
-            checkpoint is never replaced.
+        UserError: If the folder is taken or cannot be written, or a source lies in what would be
+            removed. A base checkpoint is never replaced.
     """
     held = _held(folder)
     if is_base(folder):
@@ -75,6 +78,7 @@ def check_claimable(folder: Path, *, force: bool, sources: Iterable[str | None] 
             raise UserError(
                 f"{source} lies in {folder}, which --force would remove: choose another"
             )
+    _check_writable(folder)
 
 
 def claim_folder(folder: Path, *, force: bool, sources: Iterable[str | None] = ()) -> None:
@@ -218,6 +222,16 @@ def _recorded_algo(run: Path) -> str | None:
 
 def _held(folder: Path) -> list[Path]:
     return [folder / part for part in _PARTS if os.path.lexists(folder / part)]
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that the system would not let this process write into, before any work."""
+    found = next((path for path in (folder, *folder.absolute().parents) if path.is_dir()), folder)
+    effective = os.access in os.supports_effective_ids
+    if found.is_dir() and not os.access(found, os.W_OK | os.X_OK, effective_ids=effective):
+        raise UserError(
+            f"cannot write {folder}: {found} is read-only for this user; choose another --output"
+        )
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +22,7 @@ from roadvla.evaluation.machine import usable_device
 from roadvla.policy.base import Critic
 from roadvla.train.checkpoint import (
     Progress,
+    good_checkpoint,
     latest_checkpoint,
     policy_folder,
     read_progress,
@@ -35,7 +36,13 @@ from roadvla.train.diagnosis import write_diagnosis
 from roadvla.train.distributed import joined
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
-from roadvla.train.interrupt import Interrupted, catch_interrupts
+from roadvla.train.interrupt import (
+    catch_interrupts,
+    raise_interrupt,
+    raise_queue_signals,
+    stopped,
+)
+from roadvla.train.lock import check_free, locked
 from roadvla.train.memory import acting_sizes, loading_sizes, update_sizes, within_memory
 from roadvla.train.metrics import (
     MetricsWriter,
@@ -44,6 +51,7 @@ from roadvla.train.metrics import (
     peak_memory,
     to_floats,
 )
+from roadvla.train.notes import add_note
 from roadvla.train.parts import Parts, parts_of
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
@@ -74,8 +82,9 @@ def train(
 ) -> Path:
     """Run an experiment to its end, or go on with it.
 
-    Ctrl-C lets the iteration finish, saves and stops; a second one stops at once. A resumed run
-    continues from its last checkpoint exactly as if it had never stopped (bit for bit on a CPU).
+    Ctrl-C, SIGTERM and SIGUSR1 let the iteration finish, save and stop; a second one stops at once.
+    A resumed run continues from its last good checkpoint exactly as if it had never stopped (bit
+    for bit on a CPU). No other process can write into the folder meanwhile.
 
     Args:
         experiment: What to do.
@@ -89,33 +98,40 @@ def train(
     Raises:
         UserError: If the input is unusable or the disk is full; nothing already saved is lost.
         TrainingDivergedError: If a metric is not finite.
-        Interrupted: After Ctrl-C; the message says how to go on.
+        Interrupted: After Ctrl-C, ``Preempted`` after SIGTERM or SIGUSR1; the message says how to
+            go on.
     """
     folder, begun = Path(experiment.output), resume
     try:
-        experiment.check_complete()
-        with joined(experiment.device) as world:
-            checkpoint = None
+        with raise_queue_signals(), ExitStack() as held:
+            experiment.check_complete()
+            world = held.enter_context(joined(experiment.device))
+            checkpoint, passed_over = None, ""
             if resume:
-                checkpoint = latest_checkpoint(check_resumable(experiment) / "checkpoints")
+                run = check_resumable(experiment)
+                if world.is_first:
+                    held.enter_context(locked(run))
+                checkpoint, passed_over = good_checkpoint(folder / "checkpoints")
             elif world.is_first:
+                check_free(folder)
                 check_claimable(folder, force=force, sources=sources_of(experiment))
             world.wait()
-            trainer = Trainer(experiment, parts, checkpoint, world)
+            trainer = held.enter_context(closing(Trainer(experiment, parts, checkpoint, world)))
             if not resume:
                 if world.is_first:
+                    # Locked only now: what is refused until here leaves no trace on the disk.
+                    held.enter_context(locked(folder))
                     create_run_folder(experiment, force=force)
                 world.wait()
                 begun = True
-            with closing(trainer):
-                _loop(trainer, folder)
+            _loop(trainer, folder, passed_over)
     except KeyboardInterrupt as error:
         said = _stopped(folder) if begun else "stopped before the run began"
-        raise Interrupted(said) from error
+        raise stopped(error, said) from error
     return folder
 
 
-def _loop(trainer: Trainer, folder: Path) -> None:
+def _loop(trainer: Trainer, folder: Path, passed_over: str) -> None:
     """Iterate to the end, saving when it is time, then evaluate."""
     experiment, total, world = trainer.experiment, trainer.iterations, trainer.world
     title = f"{experiment.name} on {experiment.env}"
@@ -125,13 +141,17 @@ def _loop(trainer: Trainer, folder: Path) -> None:
         writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
     console = None if world.is_first else Console(quiet=True)
     with Display(title, total, done=start.iteration, console=console) as display:
+        if passed_over and world.is_first:
+            said = f"going on from iteration {start.iteration}, the last good one: {passed_over}"
+            display.say(f"warning: {said}")
+            add_note(folder, start.iteration, said)
         if start.iteration == 0 and experiment.evaluation.every:
             display.say("evaluation before the first iteration, in and out of distribution")
             metrics = evaluation_metrics(trainer.measure(experiment.evaluation.episodes))
             if writer is not None:
                 writer.write(0, 0, metrics)
         with catch_interrupts() as interrupts:
-            stopping = world.any(interrupts.requested)
+            stopping = world.most(interrupts.kind)
             while trainer.progress.iteration < total and not stopping:
                 metrics = trainer.iterate()
                 done = trainer.progress
@@ -140,16 +160,16 @@ def _loop(trainer: Trainer, folder: Path) -> None:
                 display.advance(metrics)
                 due = done.iteration % experiment.checkpoint_every == 0
                 due = due or done.iteration in experiment.kept_iterations
-                stopping = world.any(interrupts.requested)
+                stopping = world.most(interrupts.kind)
                 if due or done.iteration == total or stopping:
                     trainer.save(folder)
-        if stopping:
-            raise KeyboardInterrupt
+        raise_interrupt(stopping)
         if trainer.silent:
             display.say(f"warning: {trainer.silent}")
         results = folder / "evaluation"
-        missing = world.is_first and not trainer.is_evaluated(results)
-        if experiment.evaluation.final_episodes and world.any(missing):
+        # A run that fell back behind its end has the files, but not their numbers among its own.
+        finished = start.iteration == total and world.is_first and trainer.is_evaluated(results)
+        if experiment.evaluation.final_episodes and not world.any(finished):
             display.say("final evaluation, in and out of distribution")
             final = trainer.measure(experiment.evaluation.final_episodes, record=_FILMED)
             metrics = evaluation_metrics(final)

@@ -1,0 +1,171 @@
+"""What a checkpoint consists of: every file's size and checksum, and how older formats are read.
+
+``manifest.json`` in the checkpoint's folder:
+
+    format   2
+    files    {name: {"size": bytes, "sha256": hex}}, every other file of the folder
+    sha256   of the two above, so that damage to the manifest is not taken for another version
+
+Format 1 had no manifest: ``state.json`` held the optimiser's checksum, and ``policy.json`` that of
+its weights. ``_from_format_1`` makes a manifest of the two; a later format adds its own such step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from roadvla.errors import UserError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+STATE = "state.json"
+OPTIMIZER = "optimizer.safetensors"
+ELSEWHERE = "take another checkpoint or start a new run"
+Files = dict[str, dict[str, Any]]
+
+
+class DamagedError(UserError):
+    """A checkpoint is not as it was written."""
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file of a folder that is complete, and flush them all to disk.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    files: Files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb+") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+            files[path.relative_to(folder).as_posix()] = {"size": file.tell(), "sha256": digest}
+    content = {"format": FORMAT, "files": files}
+    write_synced(folder / MANIFEST, as_json({**content, "sha256": _digest(content)}))
+
+
+def read_files(folder: Path) -> Files:
+    """Read what a checkpoint of any known format consists of.
+
+    Returns:
+        By name: ``sha256``, and ``size`` where the format records it.
+
+    Raises:
+        DamagedError: If that cannot be told.
+        UserError: If the checkpoint is of a format that this version does not know.
+    """
+    path = folder / MANIFEST
+    if not path.exists():
+        state = read_object(folder / STATE)
+        found = state.get("format")
+        if found == FORMAT:
+            raise DamagedError(f"{path} is missing; {ELSEWHERE}")
+        if found not in _MIGRATIONS:
+            raise _unknown(folder / STATE, found)
+        return _MIGRATIONS[found](folder, state)
+    data = read_object(path)
+    recorded = data.pop("sha256", None)
+    if recorded != _digest(data):
+        raise DamagedError(f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}")
+    if data.get("format") != FORMAT:
+        raise _unknown(path, data.get("format"))
+    return data["files"]
+
+
+def verify(folder: Path) -> None:
+    """Read every file of a checkpoint and compare it with what was written.
+
+    Raises:
+        DamagedError: If one is missing or differs; it is named.
+        UserError: If the checkpoint is of a format that this version does not know.
+    """
+    for name, expected in read_files(folder).items():
+        path = folder / name
+        try:
+            size = path.stat().st_size
+            if size == expected.get("size", size):
+                with path.open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            else:
+                found = None
+        except OSError as error:
+            raise DamagedError(
+                f"{path} is missing or damaged ({error.strerror or error}); {ELSEWHERE}"
+            ) from error
+        if found is None:
+            raise DamagedError(
+                f"{path} is damaged: it has {size} bytes, not {expected['size']}; {ELSEWHERE}"
+            )
+        if found != expected["sha256"]:
+            raise DamagedError(
+                f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}"
+            )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        DamagedError: If there is none.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path} is missing or damaged ({error}); {ELSEWHERE}") from error
+    if not isinstance(data, dict):
+        raise DamagedError(f"{path} does not hold an object; {ELSEWHERE}")
+    return data
+
+
+def as_json(data: dict[str, Any]) -> bytes:
+    """Spell out an object as this package's JSON files do."""
+    return (json.dumps(data, indent=1) + "\n").encode()
+
+
+def write_synced(path: Path, data: bytes) -> None:
+    """Write a file that is on disk when this returns.
+
+    Raises:
+        OSError: If the disk is full.
+    """
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on disk which names a folder holds."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _from_format_1(folder: Path, state: dict[str, Any]) -> Files:
+    """Gather the checksums that format 1 kept in two files; it recorded no sizes."""
+    policy = read_object(folder / "policy.json").get("sha256", {})
+    weights = {"policy.safetensors": policy} if isinstance(policy, str) else policy
+    sums = {OPTIMIZER: state.get("sha256"), **weights}
+    return {name: {"sha256": digest} for name, digest in sums.items()}
+
+
+_MIGRATIONS: dict[Any, Callable[[Path, dict[str, Any]], Files]] = {1: _from_format_1}
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _unknown(path: Path, found: object) -> UserError:
+    known = [*_MIGRATIONS, FORMAT]
+    return UserError(
+        f"{path} has format {found!r}, expected one of {known}: if a newer roadvla wrote it, use "
+        f"that, or {ELSEWHERE}"
+    )

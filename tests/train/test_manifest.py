@@ -1,0 +1,192 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_checkpoint import FORMAT_1, SETTINGS, save, trained
+
+from probes import load_table
+from roadvla.errors import UserError
+from roadvla.train.checkpoint import (
+    Progress,
+    good_checkpoint,
+    latest_checkpoint,
+    read_progress,
+    restore_optimizer,
+)
+from roadvla.train.manifest import FORMAT, DamagedError, verify
+from roadvla.train.update import make_optimizer
+
+STORED = ("policy.json", "policy.safetensors", "state.json")
+FILES = (
+    "manifest.json",
+    "optimizer.safetensors",
+    "policy.json",
+    "policy.safetensors",
+    "state.json",
+)
+
+
+def two(root):
+    state = trained()
+    return save(root, state, 1), save(root, state, 2)
+
+
+def flip(path, at=-5):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_the_manifest_lists_every_other_file(tmp_path):
+    _, folder = two(tmp_path)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["format"] == FORMAT == 2
+    assert tuple(sorted([*manifest["files"], "manifest.json"])) == FILES
+    assert tuple(sorted(path.name for path in folder.iterdir())) == FILES
+    verify(folder)
+
+
+@pytest.mark.parametrize("damage", ["flip", "shorten", "empty", "remove"])
+@pytest.mark.parametrize("name", FILES)
+def test_any_damage_is_told_and_the_one_before_is_used(tmp_path, name, damage):
+    before, newest = two(tmp_path)
+    path = newest / name
+    if damage == "flip":
+        flip(path)
+    elif damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-3] if damage == "shorten" else b"")
+    with pytest.raises(DamagedError, match=name.replace(".", r"\.")):
+        verify(newest)
+    found, passed_over = good_checkpoint(tmp_path)
+    assert found == before
+    assert name in passed_over
+    assert "iteration_000002" in passed_over
+    assert latest_checkpoint(tmp_path) == before  # mended: who evaluates the run gets this one
+
+
+def test_no_flipped_bit_of_the_manifest_goes_unnoticed(tmp_path):
+    _, newest = two(tmp_path)
+    path = newest / "manifest.json"
+    for at in range(0, path.stat().st_size, 3):
+        flip(path, at)
+        with pytest.raises(DamagedError, match=r"manifest\.json"):
+            verify(newest)
+        flip(path, at)
+    verify(newest)
+
+
+def test_a_checkpoint_that_is_gone_is_told(tmp_path):
+    before, newest = two(tmp_path)
+    shutil.rmtree(newest)
+    found, passed_over = good_checkpoint(tmp_path)
+    assert found == before
+    assert "iteration_000002" in passed_over
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"folder": 3}', None])
+def test_a_damaged_pointer_is_mended_and_told(tmp_path, text):
+    _, newest = two(tmp_path)
+    if text is None:
+        (tmp_path / "latest.json").unlink()
+    else:
+        (tmp_path / "latest.json").write_text(text)
+    found, passed_over = good_checkpoint(tmp_path)
+    assert found == latest_checkpoint(tmp_path) == newest
+    assert ("latest.json" in passed_over) == (text is not None)
+    assert good_checkpoint(tmp_path) == (newest, "")
+
+
+def test_a_checkpoint_put_in_place_but_not_yet_named_is_used(tmp_path):
+    _, newest = two(tmp_path)
+    (tmp_path / "latest.json").write_text('{"iteration": 1, "folder": "iteration_000001"}')
+    assert good_checkpoint(tmp_path) == (newest, "")
+
+
+def test_with_none_left_the_run_is_not_begun_again_in_silence(tmp_path):
+    for folder in two(tmp_path):
+        flip(folder / "policy.safetensors")
+    with pytest.raises(UserError, match=r"no checkpoint that can be used.*000002.*000001") as error:
+        good_checkpoint(tmp_path)
+    assert not isinstance(error.value, DamagedError)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path):
+    assert good_checkpoint(tmp_path / "checkpoints") == (None, "")
+
+
+def test_a_newer_format_is_refused_and_not_taken_for_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("roadvla.train.manifest.FORMAT", 3)
+    two(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match=r"format 3.*newer roadvla") as error:
+        good_checkpoint(tmp_path)
+    assert not isinstance(error.value, DamagedError)
+
+
+def test_a_damaged_one_that_was_passed_over_goes_with_the_next_save(tmp_path):
+    state = trained()
+    for iteration in (3, 6, 9):
+        save(tmp_path, state, iteration)
+    flip(tmp_path / "iteration_000009/state.json")
+    assert good_checkpoint(tmp_path)[0] == tmp_path / "iteration_000006"
+    save(tmp_path, state, 7)
+    assert sorted(path.name for path in tmp_path.glob("*_*")) == [
+        *("iteration_000006", "iteration_000007")
+    ]
+
+
+# Format 1, as version 0.1.0 wrote it before there was a manifest; the folder is never rewritten.
+
+
+def test_a_checkpoint_of_format_1_is_restored_exactly():
+    folder, passed_over = good_checkpoint(FORMAT_1)
+    assert folder == FORMAT_1 / "iteration_000006"
+    assert passed_over == ""
+    assert not (folder / "manifest.json").exists()
+    expected = Progress(iteration=6, env_steps=384, episodes=96, config="f0e96f72f7ea9bf0")
+    assert read_progress(folder) == expected
+    policy, generator = load_table(folder), torch.Generator()
+    optimizer = make_optimizer(policy, SETTINGS)
+    assert restore_optimizer(folder, policy, optimizer, generator) == {}
+    written = load_file(folder / "optimizer.safetensors")
+    assert torch.equal(generator.get_state(), written.pop("generator"))
+    for name, parameter in policy.named_parameters():
+        for moment in ("exp_avg", "exp_avg_sq", "step"):
+            restored = optimizer.state[parameter][moment]
+            assert torch.equal(restored, written.pop(f"{name}.{moment}"))
+            assert restored.abs().sum() > 0
+    assert written == {}
+
+
+@pytest.mark.parametrize("name", ["optimizer.safetensors", "state.json", "policy.json"])
+def test_damage_to_a_checkpoint_of_format_1_is_noticed(tmp_path, name):
+    root = Path(shutil.copytree(FORMAT_1, tmp_path / "checkpoints"))
+    path = root / "iteration_000006" / name
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(UserError, match=f"no checkpoint that can be used.*{name}"):
+        good_checkpoint(root)
+
+
+def test_the_policy_s_own_checksum_is_part_of_format_1_where_it_has_one(tmp_path):
+    folder = Path(shutil.copytree(FORMAT_1, tmp_path / "checkpoints")) / "iteration_000006"
+    (folder / "policy.json").write_text(json.dumps({"sha256": "0" * 64}))
+    with pytest.raises(DamagedError, match=r"policy\.safetensors is damaged"):
+        verify(folder)
+    (folder / "policy.json").write_text(json.dumps({"sha256": {"adapter.safetensors": "0"}}))
+    with pytest.raises(DamagedError, match=r"adapter\.safetensors is missing"):
+        verify(folder)
+
+
+def test_a_run_goes_on_from_format_1_and_writes_today_s(tmp_path):
+    root = Path(shutil.copytree(FORMAT_1, tmp_path / "checkpoints"))
+    save(root, trained(), 7)
+    assert good_checkpoint(root)[0] == root / "iteration_000007"
+    flip(root / "iteration_000007/optimizer.safetensors")
+    assert good_checkpoint(root)[0] == root / "iteration_000006"
