@@ -269,14 +269,17 @@ def test_one_command_starts_two_processes_and_one_killed_is_made_up_for(
     assert_alike(reference, folder)
 
 
-def test_a_run_goes_on_with_another_number_of_processes(reference: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("asked", "expected"), [(signal.SIGINT, 130), (signal.SIGUSR1, 75)])
+def test_a_run_goes_on_with_another_number_of_processes(
+    reference: Path, tmp_path: Path, asked: signal.Signals, expected: int
+) -> None:
     folder = tmp_path / "run"
     process = start(*SMALL.split(), "--output", folder, "--nproc", 2)
     while not (folder / "checkpoints" / "latest.json").exists() and process.poll() is None:
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(asked)
     code, _, err = finish(process)
-    assert code == 130, err
+    assert code == expected, err
     code, _, err = finish(start("--resume", folder))
     assert code == 0, err
     assert_alike(reference, folder)

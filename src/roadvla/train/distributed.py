@@ -21,6 +21,7 @@ from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImport
 from torch.distributed.rendezvous import rendezvous
 
 from roadvla.errors import LostContactError, UserError
+from roadvla.train.interrupt import PREEMPTED, QUEUE_SIGNALS
 from roadvla.world import World
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -144,7 +145,7 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
                 print(_last_words(Path(folder), rank), file=sys.stderr)
             return failure.exitcode if failure.exitcode > 0 else 1
         except SignalException as error:
-            return 128 + int(error.sigval)
+            return PREEMPTED if error.sigval in QUEUE_SIGNALS else 128 + int(error.sigval)
     return 0
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 PREEMPTED = 75
 """Exit code after a queue's signal: sysexits' EX_TEMPFAIL, ask for the job to be run again."""
-_QUEUE = (signal.SIGTERM, signal.SIGUSR1)
+QUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -76,14 +76,14 @@ def raise_interrupt(kind: int) -> None:
 def catch_interrupts() -> Iterator[Interrupts]:
     """Collect signals in the block instead of raising them; only the main thread can."""
     interrupts = Interrupts()
-    with _handling(interrupts.request, (signal.SIGINT, *_QUEUE)):
+    with _handling(interrupts.request, (signal.SIGINT, *QUEUE_SIGNALS)):
         yield interrupts
 
 
 @contextmanager
 def raise_queue_signals() -> Iterator[None]:
     """Let a queue's signals interrupt the block as Ctrl-C does, as ``Preempted``."""
-    with _handling(_raise, _QUEUE):
+    with _handling(_raise, QUEUE_SIGNALS):
         yield
 
 
@@ -106,4 +106,4 @@ def _raise(number: int, _: object) -> None:
 
 def _interrupt(number: int) -> KeyboardInterrupt:
     name = signal.Signals(number).name
-    return Preempted(f"stopped by {name}") if number in _QUEUE else KeyboardInterrupt()
+    return Preempted(f"stopped by {name}") if number in QUEUE_SIGNALS else KeyboardInterrupt()
