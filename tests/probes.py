@@ -15,6 +15,7 @@ from torch import nn
 
 from roadvla.envs.base import Step
 from roadvla.policy.base import Policy
+from roadvla.policy.sampling import draw_uniform, sample_tokens
 from roadvla.train.config import (
     Algorithm,
     EvaluationConfig,
@@ -23,7 +24,7 @@ from roadvla.train.config import (
     RolloutConfig,
 )
 from roadvla.train.trainer import Parts
-from roadvla.types import Observation, PolicyOutput
+from roadvla.types import Batch, Observation, PolicyOutput
 
 COLOURS = 4
 TOKENS = 7
@@ -101,15 +102,16 @@ class TablePolicy(nn.Module):
         return nn.functional.one_hot(number, COLOURS).float()
 
     @torch.no_grad()
-    def act(self, observation, *, temperature, generator=None, keep_logits=False):
+    def act(self, observation, *, temperature, generator=None, uniform=None, keep_logits=False):
         colour = self._colour(observation)
         logits = torch.einsum("nc,ckv->nkv", colour, self.table)
-        scaled = (logits / max(temperature, 1e-6)).log_softmax(-1)
-        noise = torch.rand(scaled.shape, generator=generator).clamp(1e-9).log().neg().log().neg()
-        tokens = (scaled + noise).argmax(-1)
+        if uniform is None:
+            uniform = draw_uniform(len(colour), TOKENS, generator)
+        scaled = (logits / max(temperature, 1e-6)).flatten(0, 1)
+        tokens, log_probs = sample_tokens(scaled, uniform.flatten())
         return PolicyOutput(
-            action_tokens=tokens,
-            log_probs=scaled.gather(-1, tokens[..., None]).squeeze(-1),
+            action_tokens=tokens.unflatten(0, (-1, TOKENS)),
+            log_probs=log_probs.unflatten(0, (-1, TOKENS)),
             value=colour @ self.value_head,
             logits=logits if keep_logits else None,
             vision=colour[:, None] if self.keeps_vision else None,
@@ -182,3 +184,16 @@ def probe_experiment(output: Path | str, *, algorithm: Algorithm | None = None, 
         algorithm=algorithm or Algorithm(epochs=2, entropy_coef=0.0),
         **settings,
     )
+
+
+def prompt_batch(policy: Policy, count: int) -> Batch:
+    """A batch of noise for the small VLA."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randint(0, 256, (count, 48, 48, 3), generator=generator, dtype=torch.uint8)
+    observation = Observation(image, policy.tokenize(["put carrot on plate"] * count))
+    tokens = torch.randint(0, policy.num_bins, (count, 7), generator=generator)
+    with torch.no_grad():
+        logits, value = policy.evaluate(observation, tokens)
+    log_probs = logits.log_softmax(-1).gather(-1, tokens[..., None]).squeeze(-1)
+    advantage, returns = torch.randn(2, count, generator=generator)
+    return Batch(observation, tokens, log_probs, value, advantage, returns, advantage.clamp(-2, 2))

@@ -14,6 +14,10 @@ class WorkerError(RuntimeError):
     """A worker process failed, died or hung; the message ends with what it wrote last."""
 
 
+class LostContactError(WorkerError):
+    """Another process of a distributed run is gone or does not answer."""
+
+
 class FailedCheckError(Exception):
     """A check was made and failed; the command line prints one line and exits with code 1."""
 

@@ -65,7 +65,7 @@ class RandomPolicy:
         self.prompts.append(list(instructions))
         return torch.zeros(len(instructions), 3, dtype=torch.int64)
 
-    def act(self, observation, *, temperature, generator=None, keep_logits=False):
+    def act(self, observation, *, temperature, generator=None, uniform=None, keep_logits=False):
         self.temperatures.add(temperature)
         count = len(observation.image)
         tokens = torch.randint(0, 256, (count, 7), generator=generator)

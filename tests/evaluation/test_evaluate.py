@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from evaluation_fakes import CountingEnv, RandomPolicy
 
-from roadvla.errors import UserError
+from roadvla.errors import UserError, WorkerError
 from roadvla.evaluation.evaluate import evaluate
 from roadvla.evaluation.machine import describe_machine
 
@@ -125,3 +126,33 @@ def test_machine_is_one_line_with_cores_and_torch():
     line = describe_machine()
     assert "\n" not in line
     assert re.search(r", \d+ cores, torch " + re.escape(torch.__version__), line)
+
+
+class LosingWorlds(Worlds):
+    """Its environments lose an episode in each of the first batches that are run."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.times = times
+
+    def __call__(self, env, **asked):
+        world = super().__call__(env, **asked)
+        step = world.step
+
+        def losing(action):
+            result = step(action)
+            lost = torch.zeros(world.num_envs, dtype=torch.bool)
+            lost[1] = len(world.resets) <= self.times
+            return replace(result, info={**result.info, "lost": lost})
+
+        world.step = losing
+        return world
+
+
+def test_a_batch_in_which_an_episode_is_lost_is_run_again():
+    worlds = LosingWorlds(2)
+    result = run(worlds)
+    assert result.success == run(Worlds()).success
+    assert worlds[0].resets == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7], [8, 9, 10, 11]]
+    with pytest.raises(WorkerError, match="episodes 0 to 3 were lost 3 times"):
+        run(LosingWorlds(3))

@@ -103,7 +103,7 @@ def test_gpus_share_environments_and_transitions() -> None:
     assert memory(gpus=4).frames == memory().frames // 4
     assert memory(gpus=4).resident == memory().resident
     assert memory(gpus=4).inference_batch == 16
-    assert micro_batch(Plan(gpus=4), 1000) == (40, 1)
+    assert micro_batch(Plan(gpus=4), 1000) == (40, 4)
 
 
 def test_decoding_waits_for_the_weights_once_per_batch() -> None:
@@ -248,8 +248,9 @@ def test_what_is_printed() -> None:
     text = said(Plan(gpus=2, evaluate=True, activation_checkpointing=True, env_seconds=0.5))
     assert "110,828,288" in text  # RL4VLA's list
     assert re.search(r"adapters, r 32, with lm_head ← +109,126,400", text)
-    assert "--minibatch 80 --accumulation 1 --activation-checkpointing" in text
-    assert "this version trains on one" in text
+    flags = "--minibatch 80 --accumulation 2 --nproc 2 --blocks 2 --activation-checkpointing"
+    assert flags in text
+    assert "GB of gradients per optimiser step among 2 GPUs is not counted" in text
     assert "of that, evaluations" in text
     assert "not counted: measure it" not in text
     assert max(map(len, text.splitlines()[:-2])) <= 80

@@ -22,6 +22,7 @@ from roadvla.train.metrics import read_metrics
 from roadvla.train.rollout import collect, training_episode_ids
 from roadvla.train.trainer import train
 from roadvla.train.update import losses, select
+from roadvla.world import World
 
 CPU = torch.device("cpu")
 
@@ -40,7 +41,7 @@ def hinted_rollout(kind, *, grown=False):
         generator=torch.Generator().manual_seed(0),
         observe=hinter.observe,
     )
-    return policy, env, hinter, hinter.hinted(rollout, policy)
+    return policy, env, hinter, hinter.hinted(rollout, policy, World())
 
 
 @pytest.mark.parametrize("kind", ["relspatial", "plan"])
@@ -75,7 +76,7 @@ def test_successes_become_nodes_with_their_returns_to_go():
     )
     for _ in range(env.horizon):
         hinter.observe()
-    hinter.hinted(rollout, load_backbone(CPU))
+    hinter.hinted(rollout, load_backbone(CPU), World())
     assert int(hinter.tree.visits.sum()) == env.horizon
     assert float(hinter.tree.q.max()) == 1.0
     # The state was the same each time: q is 0.99^k for the k steps that followed.

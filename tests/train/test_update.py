@@ -332,7 +332,9 @@ def test_the_gradient_is_clipped_as_one_vector():
     settings = Optimizer(minibatch=64, grad_clip=1e-3, learning_rate=1.0)
     policy = TablePolicy()
     optimizer = torch.optim.SGD(
-        [{"params": policy.policy_parameters()}, {"params": policy.value_parameters()}], lr=1.0
+        [{"params": policy.policy_parameters()}, {"params": policy.value_parameters()}],
+        lr=1.0,
+        fused=True,
     )
     update(policy, optimizer, batch, Algorithm(), settings, temperature=1.0)
     fresh = TablePolicy()

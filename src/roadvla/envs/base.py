@@ -22,7 +22,8 @@ class Step:
             length and success is read at the last step, as in RL4VLA.
         truncated: True at the horizon.
         info: ``success`` (now), ``success_once``, ``grasped`` and ``consecutive_grasp`` (both are
-            sticky: true once they have been true), each Bool [B]; environments may add more.
+            sticky: true once they have been true), each Bool [B]; ``lost`` where an episode's
+            simulation died, whose numbers mean nothing; environments may add more.
     """
 
     image: UInt8[Tensor, "B H W 3"]

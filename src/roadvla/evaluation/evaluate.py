@@ -20,15 +20,19 @@ from torch import Tensor
 
 from roadvla import envs
 from roadvla.envs.base import Privileged, VectorEnv
-from roadvla.errors import UserError
+from roadvla.errors import UserError, WorkerError
 from roadvla.evaluation.failures import EVENTS, EventLog, as_lists
 from roadvla.evaluation.machine import describe_machine
 from roadvla.evaluation.stats import wilson
 from roadvla.policy.base import Policy
+from roadvla.policy.sampling import draw_uniform
 from roadvla.types import Observation
+from roadvla.world import World
 
 SPLITS = ("train", "test")
 _OUTCOMES = ("success", "success_once", "grasped")
+_TRIES = 3
+"""Times that a batch is run when a simulation dies in it: its episodes are the same each time."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,7 @@ def evaluate(
     record: int = 0,
     on_progress: Callable[[int, int], None] | None = None,
     make_env: Callable[..., VectorEnv] | None = None,
+    ranks: World | None = None,
 ) -> Evaluation:
     """Run the policy on episodes 0 to ``episodes - 1`` and note every outcome.
 
@@ -160,18 +165,23 @@ def evaluate(
         record: Keep the frames of this many first episodes.
         on_progress: Called after each batch with the episodes finished and successes among them.
         make_env: Builds the environments; ``roadvla.envs.make_env`` unless given.
+        ranks: The processes that share each batch, all of which get the result; this one alone
+            unless given. Only the first one's episodes are filmed.
 
     Raises:
         UserError: If there is no such setting, split or simulator, or a number is out of range.
     """
-    num_envs = min(num_envs, episodes)
+    ranks = ranks or World()
+    num_envs = min(num_envs, ranks.size * -(-episodes // ranks.size))
     check_request(split, episodes, temperature, num_envs, seed=seed, record=record)
     if make_env is None:
         env, make_env = envs.canonical(env, sim), envs.make_env
     begun = time.perf_counter()
-    world = make_env(env, split=split, num_envs=num_envs, sim=sim, device=device)
+    own = ranks.share(num_envs)
+    world = make_env(env, split=split, num_envs=own, sim=sim, device=device)
+    plan = _Plan(episodes, temperature, seed, record, ranks)
     try:
-        found, film = _run_all(policy, world, episodes, temperature, seed, record, on_progress)
+        found, film = _run_all(policy, world, plan, on_progress)
     finally:
         envs.close(world)
     return Evaluation(
@@ -196,25 +206,43 @@ def evaluate(
     )
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Which episodes are run, how, and by whom."""
+
+    episodes: int
+    temperature: float
+    seed: int
+    record: int
+    ranks: World
+
+
 def _run_all(
     policy: Policy,
     world: VectorEnv,
-    episodes: int,
-    temperature: float,
-    seed: int,
-    record: int,
+    plan: _Plan,
     on_progress: Callable[[int, int], None] | None,
 ) -> tuple[dict[str, list[int]], Film | None]:
     """Run batch after batch; outcomes, mode and events of every episode by name."""
     found: dict[str, list[int]] = {}
     films: list[Film] = []
-    for batch, start in enumerate(range(0, episodes, world.num_envs)):
-        ids = torch.arange(start, start + world.num_envs, device=world.device)
-        filmed = max(0, min(world.num_envs, record - start))
-        generator = _generator(seed, batch, world.device)
-        batch_found, film = _run_batch(policy, world, ids, temperature, generator, filmed)
-        for name, values in batch_found.items():
-            found.setdefault(name, []).extend(values[: episodes - start])
+    ranks, size = plan.ranks, plan.ranks.size * world.num_envs
+    for batch, start in enumerate(range(0, plan.episodes, size)):
+        ids = torch.arange(start, start + size, device=world.device)[ranks.rows(size)]
+        filmed = max(0, min(world.num_envs, plan.record - start)) if ranks.is_first else 0
+        for _ in range(_TRIES):
+            generator = _generator(plan.seed, batch, world.device)
+            columns, film = _run_batch(policy, world, ids, plan, generator, filmed)
+            outcomes = as_lists(columns, ranks)
+            if not any(outcomes.pop("lost", ())):
+                break
+        else:
+            raise WorkerError(
+                f"episodes {start} to {start + size - 1} were lost {_TRIES} times: their "
+                f"simulation dies, see the warnings above"
+            )
+        for name, values in outcomes.items():
+            found.setdefault(name, []).extend(values[: plan.episodes - start])
         if film is not None:
             films.append(film)
         if on_progress is not None:
@@ -226,11 +254,12 @@ def _run_batch(
     policy: Policy,
     world: VectorEnv,
     episode_ids: Int[Tensor, " B"],
-    temperature: float,
+    plan: _Plan,
     generator: torch.Generator,
     filmed: int,
-) -> tuple[dict[str, list[int]], Film | None]:
+) -> tuple[dict[str, Tensor], Film | None]:
     """Run one batch of episodes to the horizon; nothing is read from the device on the way."""
+    ranks = plan.ranks
     image = world.reset(episode_ids)
     prompt = policy.tokenize(world.instructions)
     instructions = tuple(world.instructions[:filmed])
@@ -239,8 +268,15 @@ def _run_batch(
     watched = world if isinstance(world, Privileged) else None
     log = None if watched is None else EventLog(watched.snapshot())
     for _ in range(world.horizon):
+        uniform = None
+        if ranks.size > 1:
+            size = ranks.size * len(image)
+            uniform = draw_uniform(size, policy.num_tokens, generator)[ranks.rows(size)]
         output = policy.act(
-            Observation(image=image, prompt=prompt), temperature=temperature, generator=generator
+            Observation(image=image, prompt=prompt),
+            temperature=plan.temperature,
+            generator=generator,
+            uniform=uniform,
         )
         step = world.step(policy.decode(output.action_tokens))
         image, info = step.image, step.info
@@ -248,20 +284,19 @@ def _run_batch(
             log.note(watched.snapshot(), info["success"])
         if filmed:
             frames.append(image[:filmed].clone())
-    columns = {name: info[name] for name in _OUTCOMES}
+    columns = {name: info[name] for name in (*_OUTCOMES, "lost") if name in info}
     if log is not None:
         columns["mode"], events = log.outcome(info["success"], info["success_once"])
         columns |= events
-    found = as_lists(columns)
     if not filmed:
-        return found, None
+        return columns, None
     film = Film(
         frames=torch.stack(frames, dim=1).cpu(),
         success=info["success"][:filmed].cpu(),
         instructions=instructions,
         episode_ids=tuple(episode_ids[:filmed].tolist()),
     )
-    return found, film
+    return columns, film
 
 
 def _generator(seed: int, batch: int, device: torch.device) -> torch.Generator:

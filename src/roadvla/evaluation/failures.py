@@ -27,6 +27,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from roadvla.envs.base import Snapshot
+from roadvla.world import World
 
 MODES = (
     *("success", "lost", "wrong_receptacle", "drift", "held", "drop"),
@@ -178,11 +179,12 @@ def check_modes(modes: Sequence[int], success: Sequence[bool], success_once: Seq
     return ""
 
 
-def as_lists(events: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """Bring events to the CPU, in one transfer."""
+def as_lists(events: Mapping[str, Tensor], ranks: World | None = None) -> dict[str, list[int]]:
+    """Bring events to the CPU, in one transfer; those of several processes one after the other."""
     names = list(events)
-    table = torch.stack([events[name].long() for name in names]).cpu().tolist()
-    return dict(zip(names, table, strict=True))
+    table = torch.stack([events[name].long() for name in names])
+    whole = (ranks or World()).gather(table, 1).cpu().tolist()
+    return dict(zip(names, whole, strict=True))
 
 
 def _jumped(now: Snapshot, before: Snapshot) -> Bool[Tensor, " B"]:

@@ -19,7 +19,7 @@ from roadvla.experiments.methods import CRITIC_SHARES, PPO, Method
 from roadvla.experiments.paper_studies import Study
 from roadvla.policy import BACKBONE_FOLDER
 from roadvla.train.config import Experiment
-from roadvla.train.serialize import to_dict
+from roadvla.train.serialize import decisive
 from roadvla.train.warmup import WarmUp
 
 WARMUP = "warmup"
@@ -289,7 +289,7 @@ def _union(first: Iterable[str], second: Iterable[str]) -> tuple[str, ...]:
 
 
 def _decisive(experiment: Experiment) -> dict[str, object]:
-    data = {k: v for k, v in to_dict(experiment).items() if k not in _ASIDE}
+    data = {k: v for k, v in decisive(experiment).items() if k not in _ASIDE}
     return {**data, "algorithm": {**data["algorithm"], "reference_critic": None}}
 
 

@@ -164,11 +164,12 @@ def micro_batch(plan: Plan, fits: int) -> tuple[int, int]:
         fits: The largest micro-batch that fits.
 
     Returns:
-        The largest divisor of a GPU's share that fits, and how many of them make the share.
+        The largest divisor of a GPU's share that fits, and how many of them, of all GPUs together,
+        make the step: what ``--minibatch`` and ``--accumulation`` mean.
     """
     share = plan.batch // plan.gpus
     size = max(n for n in range(1, min(fits, share) + 1) if share % n == 0)
-    return size, share // size
+    return size, plan.batch // size
 
 
 def time_of(plan: Plan, architecture: Architecture) -> Time:

@@ -126,6 +126,7 @@ def _remarks(
         f"ROAD adds {100 * time.overhead:.1f} % to PPO's iteration.",
         f"100 % is {rates}: a floor, not a forecast.",
         f"Flags: --minibatch {chosen[0]} --accumulation {chosen[1]}"
+        + f" --nproc {plan.gpus} --blocks {plan.gpus}" * (plan.gpus > 1)
         + " --activation-checkpointing" * plan.activation_checkpointing,
     ]
     if plan.env_seconds is None:
@@ -134,8 +135,8 @@ def _remarks(
         lm_head = plan.lora_lm_head
         shared = FLOAT32 * trained_parameters(architecture, plan.lora_rank, lm_head=lm_head)
         lines.append(
-            f"{plan.gpus} GPUs are a projection: this version trains on one. Their exchange of "
-            f"{_gb(shared)} GB of gradients per optimiser step is not counted."
+            f"The exchange of {_gb(shared)} GB of gradients per optimiser step among {plan.gpus} "
+            f"GPUs is not counted: see docs/scaling.md."
         )
     return lines
 

@@ -45,9 +45,19 @@ class Policy(Critic, Protocol):
         *,
         temperature: float,
         generator: torch.Generator | None = None,
+        uniform: Float[Tensor, "N K"] | None = None,
         keep_logits: bool = False,
     ) -> PolicyOutput:
-        """Sample one action per observation, without gradient; temperature 0 is greedy."""
+        """Sample one action per observation, without gradient; temperature 0 is greedy.
+
+        Args:
+            observation: N of them.
+            temperature: At least 0.
+            generator: Source of the sampling.
+            uniform: Numbers in [0, 1) that decide it instead, one per token: so that what is
+                sampled for an observation does not depend on what else is in the batch.
+            keep_logits: Whether to return the raw logits.
+        """
         ...
 
     def evaluate(

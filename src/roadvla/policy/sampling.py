@@ -7,6 +7,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
+def draw_uniform(
+    count: int, tokens: int, generator: torch.Generator | None, device: torch.device | str = "cpu"
+) -> Float[Tensor, "N K"]:
+    """Draw one number in [0, 1) per token, all at once: what decides N sampled actions.
+
+    Args:
+        count: N.
+        tokens: K.
+        generator: Source; torch's own if ``None``.
+        device: Of the result; with a generator the numbers are drawn on the generator's.
+    """
+    where = device if generator is None else generator.device
+    return torch.rand(count, tokens, generator=generator, device=where).to(device)
+
+
 def sample_tokens(
     logits: Float[Tensor, "N V"], uniform: Float[Tensor, " N"]
 ) -> tuple[Int[Tensor, " N"], Float[Tensor, " N"]]:

@@ -28,6 +28,7 @@ class OpenVLASettings:
         inference_batch: Observations per pass without gradient.
         activation_checkpointing: Recompute each block's activations in the backward pass.
         compile: Compile the blocks with ``torch.compile``.
+        shard: Spread the frozen base over the processes of a run, where it does not fit one GPU.
     """
 
     norm_key: str | None = None
@@ -39,9 +40,12 @@ class OpenVLASettings:
     inference_batch: int = 32
     activation_checkpointing: bool = False
     compile: bool = False
+    shard: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
+        if self.compile and self.shard:
+            raise UserError("compile and shard do not go together: set one of them to false")
         for name in ("lora_rank", "lora_alpha", "inference_batch"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")

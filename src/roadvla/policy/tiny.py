@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from roadvla.policy.action_tokens import NUM_BINS, NUM_TOKENS, TABLETOP_STATS, NormStats
-from roadvla.policy.sampling import sample_tokens
+from roadvla.policy.sampling import draw_uniform, sample_tokens
 from roadvla.policy.tiny_layers import (
     MASKED,
     RESAMPLER_HEADS,
@@ -229,13 +229,15 @@ class TinyVLA(nn.Module):
         *,
         temperature: float,
         generator: torch.Generator | None = None,
+        uniform: Float[Tensor, "N K"] | None = None,
         keep_logits: bool = False,
     ) -> PolicyOutput:
         """Sample one action per observation, without gradient; temperature 0 is greedy.
 
         Tokens follow softmax(logits/temperature), by inverting its cumulative sum at one uniform
-        number per token, all drawn at once from ``generator``. No top-k. The log-probabilities are
-        those of that distribution; a greedy token has probability 1, so log-probability 0.
+        number per token, ``uniform`` or all drawn at once from ``generator``. No top-k. The
+        log-probabilities are those of that distribution; a greedy token has probability 1, so
+        log-probability 0.
 
         Raises:
             ValueError: If the temperature is negative.
@@ -247,8 +249,8 @@ class TinyVLA(nn.Module):
         hidden, cache, mask = self._prefill(observation, keep=True)
         count, length = hidden.shape[0], mask.shape[-1] - NUM_TOKENS + 1
         value = self._value(hidden)
-        where = generator.device if generator is not None else hidden.device
-        uniform = torch.rand(count, NUM_TOKENS, generator=generator, device=where).to(hidden.device)
+        if uniform is None:
+            uniform = draw_uniform(count, NUM_TOKENS, generator, hidden.device)
         tokens = torch.empty(count, NUM_TOKENS, dtype=torch.int64, device=hidden.device)
         log_probs = torch.zeros(count, NUM_TOKENS, device=hidden.device)
         logits = []

@@ -307,10 +307,10 @@ def restore_optimizer(
         name, _, moment = key.rpartition(".")
         if name not in states or (moment != "step" and tensor.shape != parameters[name].shape):
             raise UserError(f"{path} does not fit the policy beside it at {name}; {ELSEWHERE}")
-        # The fused step walks through memory: a moment has to lie there as its parameter does.
-        states[name][moment] = (
-            tensor if moment == "step" else torch.empty_like(parameters[name]).copy_(tensor)
-        )
+        if moment != "step":
+            # Laid out in memory as the parameter is: the fused optimiser walks both in that order.
+            tensor = torch.empty_like(parameters[name], requires_grad=False).copy_(tensor)
+        states[name][moment] = tensor
     optimizer.load_state_dict(
         {
             "state": {index: state for index, state in enumerate(states.values()) if state},

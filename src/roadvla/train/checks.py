@@ -85,6 +85,30 @@ def check_policy(node: Any) -> None:
         )
 
 
+def check_shares(node: Any) -> None:
+    """Refuse environments that cannot be cut as asked.
+
+    Args:
+        node: Has ``rollout``, ``optimizer`` and ``algorithm``.
+
+    Raises:
+        UserError: If they do not divide, or hints should watch half-batches.
+    """
+    count, blocks = node.rollout.num_envs, node.optimizer.blocks
+    if count % blocks:
+        raise UserError(f"num_envs {count} is not a multiple of blocks {blocks}: change one")
+    if not node.rollout.overlap:
+        return
+    if count % 2:
+        raise UserError(
+            f"num_envs {count} has no two halves: make it even, or set overlap to false"
+        )
+    if node.algorithm.hints != "none":
+        raise UserError(
+            f"hints {node.algorithm.hints!r} watch all environments at once: set overlap to false"
+        )
+
+
 def check_simulator(node: Any) -> None:
     """Refuse a simulator that there is not, and settings that it would not use.
 

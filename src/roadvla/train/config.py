@@ -9,7 +9,13 @@ from roadvla.envs import ManiSkillSettings
 from roadvla.errors import UserError
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
 from roadvla.train.algorithm import Algorithm
-from roadvla.train.checks import check_choices, check_policy, check_range, check_simulator
+from roadvla.train.checks import (
+    check_choices,
+    check_policy,
+    check_range,
+    check_shares,
+    check_simulator,
+)
 
 Schedule = Literal["cosine", "constant"]
 
@@ -28,6 +34,10 @@ class Optimizer:
         warmup_iterations: Iterations of linear warm-up of the policy's rate.
         minibatch: Transitions per forward and backward pass.
         accumulation: Passes per optimiser step.
+        max_skipped: Optimiser steps of an iteration that may be skipped because their gradient is
+            not finite; with more the run stops.
+        blocks: Equal parts of the environments, of which every optimiser step uses as much. With
+            several processes their number, or a multiple of it, gives all of them equal work.
     """
 
     learning_rate: float = 1e-4
@@ -39,15 +49,17 @@ class Optimizer:
     warmup_iterations: int = 0
     minibatch: int = 128
     accumulation: int = 1
+    max_skipped: int = 5
+    blocks: int = 1
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
         check_choices(self)
         for name in ("learning_rate", "value_learning_rate", "grad_clip"):
             check_range(self, name, above=0.0)
-        for name in ("weight_decay", "warmup_iterations"):
+        for name in ("weight_decay", "warmup_iterations", "max_skipped"):
             check_range(self, name, least=0.0)
-        for name in ("minibatch", "accumulation"):
+        for name in ("minibatch", "accumulation", "blocks"):
             check_range(self, name, least=1.0)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"betas is {self.betas}: expected two numbers in [0, 1)")
@@ -62,12 +74,14 @@ class RolloutConfig:
         total_env_steps: Budget, never exceeded: as many iterations are made as fit.
         temperature: Of the behaviour policy; losses use the same.
         end_on_success: Whether an episode terminates at its first success.
+        overlap: Simulate in two half-batches, one while the policy acts in the other.
     """
 
     num_envs: int = 64
     total_env_steps: int = 92_160
     temperature: float = 1.0
     end_on_success: bool = False
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         """Refuse values out of range."""
@@ -163,6 +177,7 @@ class Experiment:
                 f"num_envs {rollout.num_envs} is not a multiple of group_size "
                 f"{algorithm.group_size}: change one of them"
             )
+        check_shares(self)
         if algorithm.bootstrap_truncated and algorithm.algo in ("grpo", "sft"):
             raise UserError(
                 f"bootstrap_truncated needs a critic, {algorithm.algo} has none: set it to false"

@@ -30,6 +30,7 @@ from roadvla.errors import UserError
 from roadvla.policy.base import Policy
 from roadvla.train.run_folder import DEMONSTRATIONS
 from roadvla.types import Batch, Observation
+from roadvla.world import World
 
 FORMAT = 1
 PART = "part-{:06d}.safetensors"
@@ -82,13 +83,27 @@ class Demonstrations:
         )
         return observation, tokens.to(device)
 
-    def sample(self, policy: Policy, count: int, generator: torch.Generator) -> Batch:
-        """Draw steps with replacement, as a batch for supervised fine-tuning."""
+    def sample(
+        self,
+        policy: Policy,
+        count: int,
+        generator: torch.Generator,
+        world: World | None = None,
+    ) -> Batch:
+        """Draw steps with replacement, as a batch for supervised fine-tuning.
+
+        Args:
+            policy: Encodes the actions.
+            count: Steps that all processes draw together.
+            generator: Source, the same in every process.
+            world: The processes; each gets its rows. This one alone unless given.
+        """
+        rows = (world or World()).rows(count)
         index = torch.randint(
             len(self.action), (count,), generator=generator, device=generator.device
         )
-        observation, tokens = self.select(policy, index)
-        zero = torch.zeros(count, device=tokens.device)
+        observation, tokens = self.select(policy, index[rows])
+        zero = torch.zeros(len(tokens), device=tokens.device)
         return Batch(
             observation=observation,
             action_tokens=tokens,

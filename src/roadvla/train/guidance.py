@@ -17,6 +17,23 @@ from roadvla.objective import (
 )
 from roadvla.train.config import Algorithm
 from roadvla.types import Batch, Observation, Rollout
+from roadvla.world import World
+
+_OUTCOMES = ("success", "success_once", "grasped", "lost")
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the episodes of all processes earned, and what critics made of them."""
+
+    reward: Float[Tensor, "T B"]
+    value: Float[Tensor, "T B"]
+    last_value: Float[Tensor, " B"]
+    terminated: Bool[Tensor, "T B"]
+    truncated: Bool[Tensor, "T B"]
+    active: Bool[Tensor, "T B"]
+    outcome: dict[str, Tensor]
+    reference: tuple[Float[Tensor, "T B"], Float[Tensor, " B"]] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,23 +59,36 @@ def guide(
     reference: tuple[Tensor, Tensor] | None,
     *,
     generator: torch.Generator | None = None,
+    world: World | None = None,
 ) -> tuple[Batch, dict[str, Tensor]]:
     """Turn a rollout into training data (Algorithm 1, step 2).
 
+    What every step is worth is found from the rewards and values of all processes together, in
+    each of them alike: means and deviations (Eq. 7-9) are those of the whole rollout.
+
     Args:
-        rollout: T steps of B episodes.
+        rollout: T steps of this process's B episodes.
         algorithm: Settings.
         reference: The reference critic's values [T, B] and last values [B], if it is mixed in.
-        generator: Source of the order in which ``control`` shuffles.
+        generator: Source of the order in which ``control`` shuffles, the same in every process.
+        world: The processes whose episodes make the rollout; this one alone unless given.
 
     Returns:
-        The active transitions, and metrics of the rollout and of the guidance as scalars on the
-        device.
+        This process's active transitions, and metrics of the whole rollout and of its guidance as
+        scalars on the device.
     """
+    world = world or World()
+    judged = _gathered(rollout, reference, world)
     if algorithm.algo == "grpo":
-        guidance, surrogate = _outcome_guidance(rollout, algorithm)
+        guidance, surrogate = _outcome_guidance(judged, algorithm)
     else:
-        guidance, surrogate = _critic_guidance(rollout, algorithm, reference, generator)
+        guidance, surrogate = _critic_guidance(judged, algorithm, generator)
+    metrics = _guidance_metrics(judged, guidance, has_critic=algorithm.algo != "grpo")
+    if rollout.hinted is not None:
+        known = world.gather(rollout.hinted, 1)[judged.active]
+        metrics["guidance/hinted"] = known.float().mean()
+    if world.size > 1:
+        guidance, surrogate = _own(guidance, surrogate, judged.active, world)
     where = rollout.active.flatten().nonzero().squeeze(1)
     seen = rollout.observation
     batch = Batch(
@@ -79,8 +109,7 @@ def guide(
         else _take(rollout.hinted_prompt, where),
         hinted=None if rollout.hinted is None else _take(rollout.hinted, where),
     )
-    metrics = _guidance_metrics(rollout, guidance, batch, has_critic=algorithm.algo != "grpo")
-    return batch, {**rollout_metrics(rollout), **metrics}
+    return batch, {**rollout_metrics(judged), **metrics}
 
 
 def time_step_share(weight: Float[Tensor, " N"], active: Bool[Tensor, "T B"]) -> Float[Tensor, ""]:
@@ -116,29 +145,29 @@ def explained_variance(
     return torch.where(total > 0, 1 - rest / total.clamp(min=1e-30), torch.zeros_like(total))
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
-    """Average the outcomes of the B episodes."""
+def rollout_metrics(rollout: Rollout | Judged) -> dict[str, Tensor]:
+    """Average the outcomes of the episodes that were not lost, and count those that were."""
     outcome = rollout.outcome
+    kept = (~outcome["lost"]).float()
+    count = kept.sum()
     return {
-        "rollout/success_rate": outcome["success"].float().mean(),
-        "rollout/success_once": outcome["success_once"].float().mean(),
-        "rollout/grasp_rate": outcome["grasped"].float().mean(),
-        "rollout/return": rollout.reward.sum(0).mean(),
+        "rollout/success_rate": (outcome["success"] * kept).sum() / count,
+        "rollout/success_once": (outcome["success_once"] * kept).sum() / count,
+        "rollout/grasp_rate": (outcome["grasped"] * kept).sum() / count,
+        "rollout/return": rollout.reward.sum() / count,
+        "rollout/lost_episodes": (1 - kept).sum(),
     }
 
 
 def _critic_guidance(
-    rollout: Rollout,
-    algorithm: Algorithm,
-    reference: tuple[Tensor, Tensor] | None,
-    generator: torch.Generator | None,
+    rollout: Judged, algorithm: Algorithm, generator: torch.Generator | None
 ) -> tuple[Guidance, Float[Tensor, " N"]]:
     """Eq. 7-9 over the active steps, and the standardized advantage of the PPO surrogate."""
     active = rollout.active
     advantages, returns = _gae(rollout, algorithm, rollout.value, rollout.last_value)
     mixed, agree = advantages[active], None
-    if reference is not None:
-        advantages_ref, _ = _gae(rollout, algorithm, *reference)
+    if rollout.reference is not None:
+        advantages_ref, _ = _gae(rollout, algorithm, *rollout.reference)
         mixed, agree = mixed_advantage(
             mixed,
             advantages_ref[active],
@@ -174,7 +203,7 @@ def _controlled(values: Tensor, algorithm: Algorithm, generator: torch.Generator
 
 
 def _outcome_guidance(
-    rollout: Rollout, algorithm: Algorithm
+    rollout: Judged, algorithm: Algorithm
 ) -> tuple[Guidance, Float[Tensor, " N"]]:
     """GRPO's advantage, standardized already, as surrogate and as weight; no critic learns."""
     grouped = algorithm.grpo_form == "group"
@@ -196,7 +225,7 @@ def _step_means(values: Float[Tensor, " N"], active: Bool[Tensor, "T B"]) -> Flo
 
 
 def _gae(
-    rollout: Rollout, algorithm: Algorithm, values: Tensor, last_value: Tensor
+    rollout: Judged, algorithm: Algorithm, values: Tensor, last_value: Tensor
 ) -> tuple[Tensor, Tensor]:
     return gae(
         rollout.reward,
@@ -211,7 +240,7 @@ def _gae(
 
 
 def _guidance_metrics(
-    rollout: Rollout, guidance: Guidance, batch: Batch, *, has_critic: bool
+    rollout: Judged, guidance: Guidance, *, has_critic: bool
 ) -> dict[str, Tensor]:
     weight = guidance.weight
     metrics = {
@@ -220,13 +249,40 @@ def _guidance_metrics(
         "guidance/time_step_share": time_step_share(weight, rollout.active),
     }
     if has_critic:
-        metrics["critic/explained_variance"] = explained_variance(batch.old_value, batch.returns)
-        metrics["critic/value_mean"] = batch.old_value.mean()
-    if batch.hinted is not None:
-        metrics["guidance/hinted"] = batch.hinted.float().mean()
+        value = rollout.value[rollout.active]
+        metrics["critic/explained_variance"] = explained_variance(value, guidance.returns)
+        metrics["critic/value_mean"] = value.mean()
     if guidance.agree is not None:
         metrics["guidance/agreement"] = guidance.agree.float().mean()
     return metrics
+
+
+def _gathered(rollout: Rollout, reference: tuple[Tensor, Tensor] | None, world: World) -> Judged:
+    """Bring together what every process's episodes earned and were thought to be worth."""
+    return Judged(
+        reward=world.gather(rollout.reward, 1),
+        value=world.gather(rollout.value, 1),
+        last_value=world.gather(rollout.last_value),
+        terminated=world.gather(rollout.terminated, 1),
+        truncated=world.gather(rollout.truncated, 1),
+        active=world.gather(rollout.active, 1),
+        outcome={name: world.gather(rollout.outcome[name]) for name in _OUTCOMES},
+        reference=None
+        if reference is None
+        else (world.gather(reference[0], 1), world.gather(reference[1])),
+    )
+
+
+def _own(
+    guidance: Guidance, surrogate: Tensor, active: Tensor, world: World
+) -> tuple[Guidance, Tensor]:
+    """Keep what belongs to this process's episodes."""
+    columns = torch.zeros_like(active)
+    columns[:, world.rows(active.shape[1])] = True
+    mine = columns[active]
+    agree = None if guidance.agree is None else guidance.agree[mine]
+    own = Guidance(guidance.advantage[mine], guidance.returns[mine], guidance.weight[mine], agree)
+    return own, surrogate[mine]
 
 
 def _take(tensor: Tensor, where: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from roadvla.privileged.relspatial import relspatial_hints
 from roadvla.privileged.verbalise import action_hints
 from roadvla.train.algorithm import Hints
 from roadvla.types import Rollout
+from roadvla.world import World
 
 _WRITERS = {"relspatial": relspatial_hints, "plan": plan_hints}
 
@@ -37,8 +38,14 @@ class Hinter(Protocol):
         """Note the state before an action."""
         ...
 
-    def hinted(self, rollout: Rollout, policy: Policy) -> Rollout:
-        """Give a rollout, whose every step was observed, its hinted prompts; forget the steps."""
+    def hinted(self, rollout: Rollout, policy: Policy, world: World) -> Rollout:
+        """Give a rollout, whose every step was observed, its hinted prompts; forget the steps.
+
+        Args:
+            rollout: Of this process's episodes.
+            policy: Tokenizes.
+            world: The processes that learn together.
+        """
         ...
 
     @property
@@ -92,7 +99,7 @@ class StateHinter:
         hints = self._write(self._env.snapshot(), asked)
         self._prompts += [join(text, hint) for text, hint in zip(asked, hints, strict=True)]
 
-    def hinted(self, rollout: Rollout, policy: Policy) -> Rollout:
+    def hinted(self, rollout: Rollout, policy: Policy, world: World) -> Rollout:
         """Tokenize all prompts at once."""
         prompts, self._prompts = self._prompts, []
         return _with_prompts(rollout, policy, prompts, torch.ones_like(rollout.active))
@@ -125,8 +132,8 @@ class SuccessHinter:
         """Note the state's features."""
         self._features.append(state_features(self._env.snapshot()))
 
-    def hinted(self, rollout: Rollout, policy: Policy) -> Rollout:
-        """Retrieve for all steps at once, then let the tree grow."""
+    def hinted(self, rollout: Rollout, policy: Policy, world: World) -> Rollout:
+        """Retrieve for all steps at once, then let the tree grow, alike in every process."""
         features, self._features = torch.stack(self._features), []
         asked = list(self._env.instructions) * len(features)
         if self.tree.size:
@@ -140,9 +147,10 @@ class SuccessHinter:
         nothing = torch.zeros_like(rollout.reward)
         ends = rollout.terminated, rollout.truncated
         _, q = gae(rollout.reward, nothing, nothing[0], *ends, gamma=self._gamma, lam=1.0)
-        action = policy.decode(rollout.action_tokens[succeeded])
+        succeeded, features = world.gather(succeeded, 1), world.gather(features, 1)
+        action = policy.decode(world.gather(rollout.action_tokens, 1)[succeeded])
         if len(action):
-            self.tree = self.tree.grow(features[succeeded], action, q[succeeded])
+            self.tree = self.tree.grow(features[succeeded], action, world.gather(q, 1)[succeeded])
         return hinted
 
     @property

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 PREEMPTED = 75
 """Exit code after a queue's signal: sysexits' EX_TEMPFAIL, ask for the job to be run again."""
-_QUEUE = (signal.SIGTERM, signal.SIGUSR1)
+QUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -50,28 +50,40 @@ class Interrupts:
             raise _interrupt(number)
         self._first = _interrupt(number)
 
-    def obey(self) -> None:
-        """Stop now if that was asked for.
+    @property
+    def kind(self) -> int:
+        """0 if nobody asked to stop, 1 after Ctrl-C, 2 if a queue asked."""
+        return 0 if self._first is None else 1 + isinstance(self._first, Preempted)
 
-        Raises:
-            KeyboardInterrupt: If so; ``Preempted`` if a queue asked.
-        """
-        if self._first is not None:
-            raise self._first
+
+def raise_interrupt(kind: int) -> None:
+    """Stop now if that was asked for, perhaps in another process of the run.
+
+    Args:
+        kind: As ``Interrupts.kind``.
+
+    Raises:
+        KeyboardInterrupt: If it is 1.
+        Preempted: If it is 2.
+    """
+    if kind == 2:
+        raise Preempted("stopped by the queue")
+    if kind == 1:
+        raise KeyboardInterrupt
 
 
 @contextmanager
 def catch_interrupts() -> Iterator[Interrupts]:
     """Collect signals in the block instead of raising them; only the main thread can."""
     interrupts = Interrupts()
-    with _handling(interrupts.request, (signal.SIGINT, *_QUEUE)):
+    with _handling(interrupts.request, (signal.SIGINT, *QUEUE_SIGNALS)):
         yield interrupts
 
 
 @contextmanager
 def raise_queue_signals() -> Iterator[None]:
     """Let a queue's signals interrupt the block as Ctrl-C does, as ``Preempted``."""
-    with _handling(_raise, _QUEUE):
+    with _handling(_raise, QUEUE_SIGNALS):
         yield
 
 
@@ -94,4 +106,4 @@ def _raise(number: int, _: object) -> None:
 
 def _interrupt(number: int) -> KeyboardInterrupt:
     name = signal.Signals(number).name
-    return Preempted(f"stopped by {name}") if number in _QUEUE else KeyboardInterrupt()
+    return Preempted(f"stopped by {name}") if number in QUEUE_SIGNALS else KeyboardInterrupt()

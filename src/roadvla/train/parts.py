@@ -31,6 +31,8 @@ class Parts:
         save_policy: Writes a policy into a folder.
         load_critic: Reads a frozen critic from a folder for a live policy, beside which it lives;
             ``None`` for ``load_policy`` onto the live one's device.
+        spread: Spreads policy and critic, loaded on the CPU, over the devices of a number of
+            processes, which then make the same passes; ``None``: each has all of them.
     """
 
     make_env: Callable[..., VectorEnv] = envs.make_env
@@ -38,6 +40,7 @@ class Parts:
     load_backbone: Callable[..., Policy] = policies.load_backbone
     save_policy: Callable[..., None] = policies.save_policy
     load_critic: Callable[[Path, Policy], Critic] | None = None
+    spread: Callable[[Policy, Critic | None, torch.device, int], None] | None = None
 
     def critic(self, folder: Path, policy: Policy, device: torch.device) -> Critic:
         """Read the reference critic of a run whose live policy is on a device."""
@@ -85,6 +88,7 @@ def parts_of(
         return Parts(make_env=make_env)
     from roadvla.policy.openvla.policy import (
         OpenVLAPolicy,
+        ReferenceCritic,
         load_critic,
         load_openvla,
         make_openvla,
@@ -103,10 +107,19 @@ def parts_of(
     def critic(folder: Path, live: Policy) -> Critic:
         return load_critic(folder, cast("OpenVLAPolicy", live))
 
+    def spread(
+        live: Policy, reference: Critic | None, device: torch.device, processes: int
+    ) -> None:
+        from roadvla.policy.openvla import sharded
+
+        frozen = cast("ReferenceCritic | None", reference)
+        sharded.spread(cast("OpenVLAPolicy", live), frozen, device, processes)
+
     return Parts(
         make_env=make_env,
         load_policy=load,
         load_backbone=make,
         save_policy=save,
         load_critic=critic,
+        spread=spread if openvla.shard else None,
     )

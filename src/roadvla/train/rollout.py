@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
@@ -10,7 +14,9 @@ from torch import Tensor
 
 from roadvla.envs.base import VectorEnv
 from roadvla.policy.base import Critic, Policy
+from roadvla.policy.sampling import draw_uniform
 from roadvla.types import Observation, PolicyOutput, Rollout
+from roadvla.world import World
 
 _EPISODES_PER_SEED = 1_000_000
 
@@ -33,7 +39,7 @@ def training_episode_ids(
 
 def collect(
     policy: Policy,
-    env: VectorEnv,
+    env: VectorEnv | Sequence[VectorEnv],
     episode_ids: Int[Tensor, " B"],
     *,
     temperature: float,
@@ -41,45 +47,80 @@ def collect(
     keep_logits: bool = False,
     bootstrap: bool = False,
     observe: Callable[[], None] | None = None,
+    world: World | None = None,
 ) -> Rollout:
     """Act out B episodes; nothing is read from the device on the way.
 
     Args:
-        policy: On the environment's device.
-        env: Reset here.
+        policy: On the environments' device.
+        env: Reset here. Of several, which share the B episodes, one is stepped in a thread of its
+            own while the policy acts in another; the result is the same as one after the other.
         episode_ids: Which episodes.
         temperature: Of the action sampling.
-        generator: Source of the action sampling.
+        generator: Source of the action sampling, the same in every process of ``world``.
         keep_logits: Whether to keep the behaviour policy's logits, for rollout-time teachers.
         bootstrap: Whether to keep the observation after the last step and its value.
-        observe: Called before every action, for those who watch the environment.
+        observe: Called before every action, for those who watch the one environment.
+        world: The processes whose episodes follow each other; this one alone unless given.
     """
-    image = env.reset(episode_ids)
-    prompt = policy.tokenize(env.instructions)
-    buffer = _Buffer(env, image)
-    active = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
-    info: dict[str, Tensor] = {}
-    for t in range(env.horizon):
-        if observe is not None:
-            observe()
-        output = policy.act(
-            Observation(image=image, prompt=prompt),
-            temperature=temperature,
-            generator=generator,
-            keep_logits=keep_logits,
-        )
-        step = env.step(policy.decode(output.action_tokens))
-        buffer.write(t, image=image, active=active, terminated=step.terminated)
-        buffer.write(t, truncated=step.truncated, reward=step.reward)
-        buffer.write_output(t, output)
-        active = active & ~(step.terminated | step.truncated)
-        image, info = step.image, step.info
+    envs = [env] if isinstance(env, VectorEnv) else list(env)
+    noise = _Noise(policy, generator, len(episode_ids), world or World(), split=len(envs) > 1)
+    buffer = _Buffer(envs[0].horizon, len(episode_ids))
+    with _stepping(len(envs)) as start:
+        edges = [0, *itertools.accumulate(one.num_envs for one in envs)]
+        parts = [
+            _Part(one, buffer, slice(*rows))
+            for one, rows in zip(envs, itertools.pairwise(edges), strict=True)
+        ]
+        waiting = [start(part.reset, episode_ids[part.rows]) for part in parts]
+        for ready in waiting:
+            ready()
+        prompt = policy.tokenize([text for one in envs for text in one.instructions])
+        for t in range(envs[0].horizon):
+            if observe is not None:
+                observe()
+            uniform = noise.draw()
+            for index, part in enumerate(parts):
+                waiting[index]()
+                output = policy.act(
+                    Observation(image=part.image, prompt=prompt[part.rows]),
+                    temperature=temperature,
+                    generator=generator,
+                    uniform=None if uniform is None else uniform[part.rows],
+                    keep_logits=keep_logits,
+                )
+                action = policy.decode(output.action_tokens)
+                waiting[index] = start(part.step, t, action, output)
+        for ready in waiting:
+            ready()
+    info = {name: torch.cat([part.info[name] for part in parts]) for name in parts[0].info}
+    info["lost"] = _discard(buffer.tensors, info.get("lost"))
+    image = torch.cat([part.image for part in parts])
     last = Observation(image=image, prompt=prompt) if bootstrap else None
-    tensors = buffer.tensors
+    return _rollout(policy, buffer.tensors, prompt, info, last)
+
+
+def _discard(tensors: dict[str, Tensor], lost: Tensor | None) -> Tensor:
+    """Leave out, as never lived, episodes that were lost or paid what is no number; say which."""
+    reward = tensors["reward"]
+    broken = ~torch.isfinite(reward).all(0)
+    lost = broken if lost is None else broken | lost
+    tensors["reward"] = reward.masked_fill(lost, 0.0)
+    tensors["active"] = tensors["active"] & ~lost
+    return lost
+
+
+def _rollout(
+    policy: Policy,
+    tensors: dict[str, Tensor],
+    prompt: Tensor,
+    info: dict[str, Tensor],
+    last: Observation | None,
+) -> Rollout:
     return Rollout(
         observation=Observation(
             image=tensors["image"],
-            prompt=prompt.expand(env.horizon, *prompt.shape),
+            prompt=prompt.expand(len(tensors["image"]), *prompt.shape),
             vision=tensors.get("vision"),
         ),
         action_tokens=tensors["action_tokens"],
@@ -90,7 +131,7 @@ def collect(
         truncated=tensors["truncated"],
         active=tensors["active"],
         last_value=torch.zeros_like(tensors["value"][0]) if last is None else _value(policy, last),
-        outcome=dict(info),
+        outcome=info,
         logits=tensors.get("logits"),
         last_observation=last,
     )
@@ -132,25 +173,96 @@ def _value(policy: Policy, observation: Observation) -> Tensor:
     return policy.value(observation)
 
 
+class _Part:
+    """One environment, and where its episodes stand among the B."""
+
+    def __init__(self, env: VectorEnv, buffer: _Buffer, rows: slice) -> None:
+        self.env, self.rows = env, rows
+        self._buffer = buffer
+        self.info: dict[str, Tensor] = {}
+
+    def reset(self, episode_ids: Tensor) -> None:
+        self.image = self.env.reset(episode_ids)
+        shape = (self.env.num_envs,)
+        self._active = torch.ones(shape, dtype=torch.bool, device=self.env.device)
+
+    def step(self, t: int, action: Tensor, output: PolicyOutput) -> None:
+        before = self.image
+        step = self.env.step(action)
+        self._buffer.write(
+            t,
+            self.rows,
+            image=before,
+            active=self._active,
+            terminated=step.terminated,
+            truncated=step.truncated,
+            reward=step.reward,
+            action_tokens=output.action_tokens,
+            log_probs=output.log_probs,
+            value=output.value,
+            logits=output.logits,
+            vision=output.vision,
+        )
+        self._active = self._active & ~(step.terminated | step.truncated)
+        self.image, self.info = step.image, dict(step.info)
+
+
+class _Noise:
+    """The numbers that decide the sampling, drawn for the episodes of all processes and cut."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        generator: torch.Generator | None,
+        count: int,
+        world: World,
+        *,
+        split: bool,
+    ) -> None:
+        self._all, self._tokens, self._generator = count * world.size, policy.num_tokens, generator
+        self._rows = world.rows(self._all)
+        self._alone = world.size == 1 and not split
+
+    def draw(self) -> Tensor | None:
+        """Those of one step; ``None`` where the policy can draw them itself."""
+        if self._alone:
+            return None
+        return draw_uniform(self._all, self._tokens, self._generator)[self._rows]
+
+
+@contextmanager
+def _stepping(count: int) -> Iterator[Callable[..., Callable[[], object]]]:
+    """Start work at once and give what waits for it; with several parts, in threads."""
+
+    def at_once(work: Callable[..., object], *arguments: object) -> Callable[[], object]:
+        work(*arguments)
+        return lambda: None
+
+    if count == 1:
+        yield at_once
+        return
+    with ThreadPoolExecutor(count, thread_name_prefix="roadvla-simulation") as pool:
+        yield lambda work, *arguments: pool.submit(work, *arguments).result
+
+
 class _Buffer:
     """Tensors [T, B, ...], allocated when the first step shows their shapes."""
 
-    def __init__(self, env: VectorEnv, image: Tensor) -> None:
-        self._steps = env.horizon
+    def __init__(self, steps: int, count: int) -> None:
+        self._steps, self._count = steps, count
+        self._allocating = threading.Lock()
         self.tensors: dict[str, Tensor] = {}
-        self._allocate("image", image)
 
-    def write(self, t: int, **values: Tensor) -> None:
+    def write(self, t: int, rows: slice, **values: Tensor | None) -> None:
         for name, value in values.items():
+            if value is None:
+                continue
             if t == 0:
                 self._allocate(name, value)
-            self.tensors[name][t] = value
-
-    def write_output(self, t: int, output: PolicyOutput) -> None:
-        for name in ("action_tokens", "log_probs", "value", "logits", "vision"):
-            value = getattr(output, name)
-            if value is not None:
-                self.write(t, **{name: value})
+            self.tensors[name][t, rows] = value
 
     def _allocate(self, name: str, like: Tensor) -> None:
-        self.tensors[name] = like.new_empty((self._steps, *like.shape))
+        with self._allocating:
+            if name not in self.tensors:
+                shape = (self._steps, self._count, *like.shape[1:])
+                self.tensors[name] = like.new_empty(shape)

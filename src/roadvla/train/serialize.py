@@ -14,6 +14,14 @@ from roadvla.train.config import Experiment
 
 Node = TypeVar("Node")
 
+_LATER: dict[str, Any] = {
+    "optimizer.max_skipped": 5,
+    "optimizer.blocks": 1,
+    "rollout.overlap": False,
+    "openvla.shard": False,
+}
+"""Settings that did not always exist, and the value that means what was done before them."""
+
 
 def to_dict(experiment: Experiment) -> dict[str, Any]:
     """Turn an experiment into nested plain values, for JSON."""
@@ -35,8 +43,21 @@ def from_dict(data: dict[str, Any], *, source: str = "the configuration") -> Exp
 
 def fingerprint(experiment: Experiment) -> str:
     """Hash every setting but the folder, so that a checkpoint can name what it belongs to."""
-    text = json.dumps({**to_dict(experiment), "output": None}, sort_keys=True)
+    text = json.dumps({**decisive(experiment), "output": None}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def decisive(experiment: Experiment) -> dict[str, Any]:
+    """Settings as ``to_dict`` gives them, less those that are as before they could be chosen.
+
+    Hashes are made of these, so that a new setting does not turn earlier runs into others.
+    """
+    data = to_dict(experiment)
+    for name, before in _LATER.items():
+        group, _, field = name.partition(".")
+        if data[group][field] == before:
+            del data[group][field]
+    return data
 
 
 def difference(first: Experiment, second: Experiment) -> list[str]:
@@ -70,6 +91,9 @@ def _build(kind: type[Node], data: Any, source: str, prefix: str = "") -> Node:
     for name in data:
         if name not in hints:
             raise unknown_name(f"setting in {source}:", prefix + name, [prefix + h for h in hints])
+    earlier = {name: before for name, before in _LATER.items() if name.startswith(prefix)}
+    data = {**{name.removeprefix(prefix): before for name, before in earlier.items()}, **data}
+    data = {name: value for name, value in data.items() if name in hints}
     if missing := [prefix + name for name in hints if name not in data]:
         raise UserError(f"{source}: setting {missing[0]!r} is missing")
     values: dict[str, Any] = {}

@@ -7,12 +7,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
+from typing import cast
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from roadvla.envs import close
-from roadvla.errors import UserError
+from roadvla.envs.base import VectorEnv
+from roadvla.errors import UserError, WorkerError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
 from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
 from roadvla.evaluation.machine import usable_device
@@ -29,9 +32,16 @@ from roadvla.train.checkpoint import (
 )
 from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
+from roadvla.train.diagnosis import write_diagnosis
+from roadvla.train.distributed import joined
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
-from roadvla.train.interrupt import catch_interrupts, raise_queue_signals, stopped
+from roadvla.train.interrupt import (
+    catch_interrupts,
+    raise_interrupt,
+    raise_queue_signals,
+    stopped,
+)
 from roadvla.train.lock import check_free, locked
 from roadvla.train.memory import acting_sizes, loading_sizes, update_sizes, within_memory
 from roadvla.train.metrics import (
@@ -46,6 +56,7 @@ from roadvla.train.parts import Parts, parts_of
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
 from roadvla.train.run_folder import (
+    about,
     check_claimable,
     check_critic_trained,
     check_resumable,
@@ -54,8 +65,10 @@ from roadvla.train.run_folder import (
     sources_of,
 )
 from roadvla.train.serialize import fingerprint
+from roadvla.train.share import Share
 from roadvla.train.update import make_optimizer, set_learning_rates, update
 from roadvla.types import Batch
+from roadvla.world import World
 
 _FILMED = 6
 
@@ -92,18 +105,24 @@ def train(
     try:
         with raise_queue_signals(), ExitStack() as held:
             experiment.check_complete()
+            world = held.enter_context(joined(experiment.device))
             checkpoint, passed_over = None, ""
             if resume:
-                held.enter_context(locked(check_resumable(experiment)))
+                run = check_resumable(experiment)
+                if world.is_first:
+                    held.enter_context(locked(run))
                 checkpoint, passed_over = good_checkpoint(folder / "checkpoints")
-            else:
+            elif world.is_first:
                 check_free(folder)
                 check_claimable(folder, force=force, sources=sources_of(experiment))
-            trainer = held.enter_context(closing(Trainer(experiment, parts, checkpoint)))
+            world.wait()
+            trainer = held.enter_context(closing(Trainer(experiment, parts, checkpoint, world)))
             if not resume:
-                # Locked only now: what is refused until here leaves no trace on the disk.
-                held.enter_context(locked(folder))
-                create_run_folder(experiment, force=force)
+                if world.is_first:
+                    # Locked only now: what is refused until here leaves no trace on the disk.
+                    held.enter_context(locked(folder))
+                    create_run_folder(experiment, force=force)
+                world.wait()
                 begun = True
             _loop(trainer, folder, passed_over)
     except KeyboardInterrupt as error:
@@ -114,42 +133,51 @@ def train(
 
 def _loop(trainer: Trainer, folder: Path, passed_over: str) -> None:
     """Iterate to the end, saving when it is time, then evaluate."""
-    experiment, total = trainer.experiment, trainer.iterations
+    experiment, total, world = trainer.experiment, trainer.iterations, trainer.world
     title = f"{experiment.name} on {experiment.env}"
     start = trainer.progress
-    writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
-    with Display(title, total, done=start.iteration) as display:
-        if passed_over:
+    writer = None
+    if world.is_first:
+        writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
+    console = None if world.is_first else Console(quiet=True)
+    with Display(title, total, done=start.iteration, console=console) as display:
+        if passed_over and world.is_first:
             said = f"going on from iteration {start.iteration}, the last good one: {passed_over}"
             display.say(f"warning: {said}")
             add_note(folder, start.iteration, said)
         if start.iteration == 0 and experiment.evaluation.every:
             display.say("evaluation before the first iteration, in and out of distribution")
-            writer.write(0, 0, evaluation_metrics(trainer.measure(experiment.evaluation.episodes)))
+            metrics = evaluation_metrics(trainer.measure(experiment.evaluation.episodes))
+            if writer is not None:
+                writer.write(0, 0, metrics)
         with catch_interrupts() as interrupts:
-            while trainer.progress.iteration < total and not interrupts.requested:
+            stopping = world.most(interrupts.kind)
+            while trainer.progress.iteration < total and not stopping:
                 metrics = trainer.iterate()
                 done = trainer.progress
-                writer.write(done.iteration, done.env_steps, metrics)
+                if writer is not None:
+                    writer.write(done.iteration, done.env_steps, metrics)
                 display.advance(metrics)
                 due = done.iteration % experiment.checkpoint_every == 0
                 due = due or done.iteration in experiment.kept_iterations
-                if due or done.iteration == total or interrupts.requested:
+                stopping = world.most(interrupts.kind)
+                if due or done.iteration == total or stopping:
                     trainer.save(folder)
-        interrupts.obey()
+        raise_interrupt(stopping)
         if trainer.silent:
             display.say(f"warning: {trainer.silent}")
         results = folder / "evaluation"
         # A run that fell back behind its end has the files, but not their numbers among its own.
-        finished = start.iteration == total and trainer.is_evaluated(results)
-        if experiment.evaluation.final_episodes and not finished:
+        finished = start.iteration == total and world.is_first and trainer.is_evaluated(results)
+        if experiment.evaluation.final_episodes and not world.any(finished):
             display.say("final evaluation, in and out of distribution")
             final = trainer.measure(experiment.evaluation.final_episodes, record=_FILMED)
             metrics = evaluation_metrics(final)
-            # The files come last: once they are there, nothing is left to do.
-            writer.amend(metrics)
-            for result in final:
-                write_evaluation(result, results)
+            if writer is not None:
+                # The files come last: once they are there, nothing is left to do.
+                writer.amend(metrics)
+                for result in final:
+                    write_evaluation(result, results)
             display.advance(metrics, steps=0)
 
 
@@ -166,28 +194,26 @@ class Trainer:
         experiment: Settings.
         parts: Environment and policy; the package's, of the experiment's kind, if ``None``.
         checkpoint: Where to go on; ``None`` to begin.
+        world: The processes that run it together; this one alone unless given.
 
     Raises:
         UserError: If a file does not load, or settings do not fit the environment.
     """
 
     def __init__(
-        self, experiment: Experiment, parts: Parts | None, checkpoint: Path | None
+        self,
+        experiment: Experiment,
+        parts: Parts | None,
+        checkpoint: Path | None,
+        world: World | None = None,
     ) -> None:
-        self.experiment = experiment
+        self.experiment, self.world = experiment, world or World()
         self._device = usable_device(experiment.device)
-        rollout = experiment.rollout
         self._parts = parts or parts_of(
             experiment.policy, experiment.checkpoint, experiment.openvla, experiment.maniskill
         )
-        self._env = self._parts.make_env(
-            experiment.env,
-            split="train",
-            num_envs=rollout.num_envs,
-            sim=experiment.sim,
-            device=experiment.device,
-            end_on_success=rollout.end_on_success,
-        )
+        self._envs = self._make_envs()
+        self._env = self._envs[0]
         self.iterations = experiment.iterations(self._env.horizon)
         _check_minibatch(experiment, self._env.horizon)
         self._hinter: Hinter | None = None
@@ -221,7 +247,9 @@ class Trainer:
         """
         experiment, iteration = self.experiment, self.progress.iteration
         watch = Stopwatch(self._device)
-        batch, metrics = self._gather(watch)
+        batch, share, metrics = self._gather(watch)
+        if not len(share):
+            self._refuse_divergence(to_floats(metrics), batch)
         rate = set_learning_rates(self.optimizer, experiment.optimizer, iteration, self.iterations)
         with watch.phase("update"), self._within("the update", update_sizes(experiment)):
             metrics |= update(
@@ -233,9 +261,10 @@ class Trainer:
                 temperature=experiment.rollout.temperature,
                 generator=self.generator,
                 value_only=iteration < experiment.algorithm.critic_only_iterations,
+                share=share,
             )
             values = to_floats(metrics)
-        self._refuse_divergence(values)
+        self._refuse_divergence(values, batch)
         steps = experiment.rollout.num_envs * self._env.horizon
         speeds = {f"{key}_steps_per_second": steps / took for key, took in watch.seconds.items()}
         speeds["time/steps_per_second"] = steps / watch.total()
@@ -275,6 +304,7 @@ class Trainer:
                     device=experiment.device,
                     record=min(record, episodes),
                     make_env=self._parts.make_env,
+                    ranks=self.world,
                 )
                 for split in SPLITS
             ]
@@ -296,8 +326,9 @@ class Trainer:
         return "" if self._hinter is None else self._hinter.silent
 
     def close(self) -> None:
-        """Free what the environment holds."""
-        close(self._env)
+        """Free what the environments hold."""
+        for env in self._envs:
+            close(env)
 
     def is_evaluated(self, folder: Path) -> bool:
         """Whether the folder holds evaluations of the policy as it is now."""
@@ -311,7 +342,14 @@ class Trainer:
         return found == [self.progress.iteration] * len(SPLITS)
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint into the run folder."""
+        """Write a checkpoint into the run folder; of several processes the first does.
+
+        Raises:
+            WorkerError: If the processes' weights are not the same.
+        """
+        self._check_alike()
+        if not self.world.is_first:
+            return
         save_checkpoint(
             folder / "checkpoints",
             self.progress,
@@ -324,13 +362,14 @@ class Trainer:
             memory={} if self._hinter is None else self._hinter.tensors(),
         )
 
-    def _gather(self, watch: Stopwatch) -> tuple[Batch, dict[str, Tensor]]:
+    def _gather(self, watch: Stopwatch) -> tuple[Batch, Share, dict[str, Tensor]]:
         """Make the iteration's batch: from demonstrations, or by acting and judging."""
-        experiment, algorithm = self.experiment, self.experiment.algorithm
+        experiment, algorithm, world = self.experiment, self.experiment.algorithm, self.world
         count = experiment.rollout.num_envs
         if self._demonstrations is not None:
             size = count * self._env.horizon
-            return self._demonstrations.sample(self.policy, size, self.generator), {}
+            batch = self._demonstrations.sample(self.policy, size, self.generator, world)
+            return batch, self._in_step(Share.of_rows(size, world)), {}
         repeats = algorithm.group_size if algorithm.algo == "grpo" else 1
         ids = training_episode_ids(
             experiment.seed, self.progress.episodes, count, repeats=repeats, device=self._device
@@ -338,16 +377,17 @@ class Trainer:
         with watch.phase("rollout"), self._within("the rollout", self._acting):
             rollout = collect(
                 self.policy,
-                self._env,
-                ids,
+                self._envs,
+                ids[world.rows(count)],
                 temperature=experiment.rollout.temperature,
                 generator=self.generator,
                 keep_logits=algorithm.teacher_logits == "rollout",
                 bootstrap=algorithm.bootstrap_truncated,
                 observe=None if self._hinter is None else self._hinter.observe,
+                world=world,
             )
             if self._hinter is not None:
-                rollout = self._hinter.hinted(rollout, self.policy)
+                rollout = self._hinter.hinted(rollout, self.policy, world)
         self.progress = dataclasses.replace(
             self.progress, episodes=self.progress.episodes + count // repeats
         )
@@ -357,7 +397,54 @@ class Trainer:
                 reference = reference_values(
                     self._reference, rollout, share_vision=self._share_vision
                 )
-        return guide(rollout, algorithm, reference, generator=self.generator)
+        batch, metrics = guide(rollout, algorithm, reference, generator=self.generator, world=world)
+        blocks = experiment.optimizer.blocks
+        share = Share.of_rollout(rollout.active, world, blocks=blocks)
+        return batch, self._in_step(share), metrics
+
+    def _in_step(self, share: Share) -> Share:
+        """Ask for as many passes in every process, if they hold the policy together."""
+        spread = self.world.size > 1 and self._parts.spread is not None
+        return dataclasses.replace(share, in_step=spread)
+
+    def _trained(self) -> dict[str, torch.nn.Parameter]:
+        named = cast("torch.nn.Module", self.policy).named_parameters()
+        return {name: parameter for name, parameter in named if parameter.requires_grad}
+
+    def _make_envs(self) -> list[VectorEnv]:
+        """Make this process's environments: one, or two halves that are stepped in turn."""
+        experiment, rollout = self.experiment, self.experiment.rollout
+        parts = 2 if rollout.overlap else 1
+        share = self.world.share(rollout.num_envs)
+        if share % parts:
+            raise UserError(
+                f"a process has {share} environments, which has no two halves: raise num_envs to "
+                f"a multiple of {parts * self.world.size}, or set overlap to false"
+            )
+        return [
+            self._parts.make_env(
+                experiment.env,
+                split="train",
+                num_envs=share // parts,
+                sim=experiment.sim,
+                device=experiment.device,
+                end_on_success=rollout.end_on_success,
+            )
+            for _ in range(parts)
+        ]
+
+    def _check_alike(self) -> None:
+        """Make sure that every process has the same weights, bit for bit."""
+        if self.world.size == 1:
+            return
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        bits = [p.detach().contiguous().view(torch.int32).long().sum() for p in parameters]
+        if not self.world.agree(int(torch.stack(bits).sum())):
+            raise WorkerError(
+                f"the weights of the {self.world.size} processes are no longer the same after "
+                f"iteration {self.progress.iteration}: a device or a connection is at fault; "
+                f"{self._kept()}"
+            )
 
     def _load_policies(self, source: Path | str | None) -> None:
         """Load the live policy and the reference critic; cheap checks come first."""
@@ -366,23 +453,28 @@ class Trainer:
         if critic is not None:
             check_critic_trained(Path(critic))
         sizes = loading_sizes(experiment.device, experiment.policy, experiment.openvla)
+        spread = self._parts.spread if self.world.size > 1 else None
+        device = self._device if spread is None else torch.device("cpu")
         with within_memory("loading the policy", *sizes):
             self.policy = (
-                self._parts.load_backbone(self._device)
+                self._parts.load_backbone(device)
                 if folder is None
-                else self._parts.load_policy(folder, self._device)
+                else self._parts.load_policy(folder, device)
             )
             self._reference: Critic | None = None
             if critic is not None:
                 self._reference = self._parts.critic(
-                    policy_folder(Path(critic)), self.policy, self._device
+                    policy_folder(Path(critic)), self.policy, device
                 )
                 self._share_vision = self._reference.shares_vision(self.policy)
+            if spread is not None:
+                spread(self.policy, self._reference, self._device, self.world.size)
 
     @property
     def _acting(self) -> tuple[str, list[str]]:
         experiment = self.experiment
-        return acting_sizes(experiment.rollout.num_envs, experiment.policy, experiment.openvla)
+        share = self.world.share(experiment.rollout.num_envs)
+        return acting_sizes(share, experiment.policy, experiment.openvla)
 
     @contextmanager
     def _within(self, work: str, sizes: tuple[str, Sequence[str]]) -> Iterator[None]:
@@ -396,15 +488,37 @@ class Trainer:
             return "there is no checkpoint yet"
         return f"the last checkpoint is {found}: go on from it with --init and another --output"
 
-    def _refuse_divergence(self, metrics: dict[str, float]) -> None:
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                found = latest_checkpoint(Path(self.experiment.output) / "checkpoints")
-                kept = f"the last good checkpoint is {found}" if found else "no checkpoint yet"
-                raise TrainingDivergedError(
-                    f"{name} is {value} in iteration {self.progress.iteration + 1}: stopped, "
-                    f"{kept}; try a lower --learning-rate or --grad-clip"
-                )
+    def _refuse_divergence(self, metrics: dict[str, float], batch: Batch) -> None:
+        """Stop if a number is not finite, or too much had to be left out of the iteration."""
+        optimizer, lost = self.experiment.optimizer, metrics.get("rollout/lost_episodes", 0)
+        reasons: list[str] = []
+        if lost > self.experiment.rollout.num_envs / 2:
+            reasons.append(f"{lost:g} of {self.experiment.rollout.num_envs} episodes were lost")
+        if metrics.get("loss/skipped_steps", 0) > optimizer.max_skipped:
+            reasons.append(
+                f"{metrics['loss/skipped_steps']:g} optimiser steps had gradients that are not "
+                f"finite, more than max_skipped {optimizer.max_skipped}"
+            )
+        reasons += [f"{name} is {v}" for name, v in metrics.items() if not math.isfinite(v)]
+        if not reasons:
+            return
+        number, run = self.progress.iteration + 1, Path(self.experiment.output)
+        told = f"only in process 0: {run}" if not self.world.is_first else None
+        path = told or write_diagnosis(
+            run,
+            iteration=number,
+            reason="; ".join(reasons),
+            metrics=metrics,
+            parameters=self._trained(),
+            batch=batch,
+            about=about(self.experiment.device),
+        )
+        found = latest_checkpoint(run / "checkpoints")
+        kept = f"the last good checkpoint is {found}" if found else "no checkpoint yet"
+        raise TrainingDivergedError(
+            f"{reasons[0]} in iteration {number}: stopped, {kept}; what was seen is in {path}; try "
+            f"a lower --learning-rate or --grad-clip"
+        )
 
 
 def _check_minibatch(experiment: Experiment, horizon: int) -> None:

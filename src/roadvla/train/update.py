@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -24,7 +24,10 @@ from roadvla.objective import (
 )
 from roadvla.policy.base import Policy
 from roadvla.train.config import Algorithm, Optimizer
+from roadvla.train.gradients import Gradients, exchanged
+from roadvla.train.share import Share
 from roadvla.types import Batch, Observation
+from roadvla.world import World
 
 _PROBE = 128
 
@@ -81,42 +84,42 @@ def update(
     temperature: float,
     generator: torch.Generator | None = None,
     value_only: bool = False,
+    share: Share | None = None,
 ) -> dict[str, Tensor]:
     """Improve the policy on one batch, in place: epochs of minibatches (Algorithm 1, step 4).
 
     Every transition is used exactly once per epoch. Minibatches have nearly equal sizes, never
     above the configured one; an optimiser step follows the mean over all its transitions, however
-    they are split into passes.
+    they are split into passes and over processes.
 
     Args:
         policy: Trained here.
         optimizer: Made by ``make_optimizer``.
-        batch: N transitions.
+        batch: N transitions, or this process's part of them.
         algorithm: The loss.
         settings: Minibatches and gradient clip.
         temperature: Of the behaviour policy; log-probabilities are taken at the same.
-        generator: Source of the minibatches' order, on the batch's device.
+        generator: Source of the minibatches' order, on the batch's device; alike in all processes.
         value_only: Whether only the value head learns.
+        share: Which part of the whole batch ``batch`` is; all of it unless given.
 
     Returns:
         Means over all minibatches as scalars on the device, and the exact KL(old‖new) in nats per
         action over a random part of the batch.
     """
-    count, device = len(batch.action_tokens), batch.action_tokens.device
-    probe = torch.randperm(count, generator=generator, device=device)[:_PROBE]
+    device = batch.action_tokens.device
+    share = share or Share.alone(len(batch.action_tokens))
+    learning = _Learning(policy, optimizer, batch, share, algorithm, settings, temperature)
+    probe = torch.randperm(len(share), generator=generator, device=device)[:_PROBE].cpu()
     if value_only:
         with _frozen(policy):
-            metrics = _pass_over(
-                policy, optimizer, batch, algorithm, settings, temperature, generator, True
-            )
+            metrics = learning.run(generator, value_only=True)
         return {**metrics, "policy/kl": torch.zeros((), device=device)}
-    before = _log_probs(policy, batch, probe, settings.minibatch, temperature)
-    metrics = _pass_over(
-        policy, optimizer, batch, algorithm, settings, temperature, generator, False
-    )
-    after = _log_probs(policy, batch, probe, settings.minibatch, temperature)
-    moved = (before.exp() * (before - after)).sum(-1).sum(-1).mean()
-    return {**metrics, "policy/kl": moved}
+    before = learning.log_probs(probe)
+    metrics = learning.run(generator, value_only=False)
+    after = learning.log_probs(probe)
+    moved = (before.exp() * (before - after)).sum()
+    return {**metrics, "policy/kl": share.world.total(moved) / len(probe)}
 
 
 def losses(
@@ -197,31 +200,6 @@ def _frozen(policy: Policy) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _pass_over(
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    algorithm: Algorithm,
-    settings: Optimizer,
-    temperature: float,
-    generator: torch.Generator | None,
-    value_only: bool,
-) -> dict[str, Tensor]:
-    """Take the optimiser's steps, epoch after epoch, and return the means over minibatches."""
-    count, device, totals = len(batch.action_tokens), batch.action_tokens.device, _Means()
-    for _ in range(algorithm.epochs):
-        order = torch.randperm(count, generator=generator, device=device)
-        for group in _split(order, settings.minibatch * settings.accumulation):
-            optimizer.zero_grad(set_to_none=True)
-            kl = _accumulate(
-                policy, batch, group, algorithm, settings.minibatch, temperature, value_only, totals
-            )
-            if algorithm.kl_stop is not None and float(kl) > algorithm.kl_stop:
-                return totals.means()
-            totals.add("loss/grad_norm", _step(optimizer, settings), 1)
-    return totals.means()
-
-
 @torch.no_grad()
 def _told_logits(policy: Policy, batch: Batch, temperature: float) -> Tensor | None:
     """Ask the same policy again with the hints in its prompt, on the student's own prefixes."""
@@ -289,63 +267,115 @@ def _agd(logits: Tensor, log_probs: Tensor, batch: Batch, algorithm: Algorithm) 
     )
 
 
-def _accumulate(
-    policy: Policy,
-    batch: Batch,
-    group: Tensor,
-    algorithm: Algorithm,
-    minibatch: int,
-    temperature: float,
-    value_only: bool,
-    totals: _Means,
-) -> Tensor:
-    """Add up the gradient of the mean loss over a group, and return its estimate of the KL."""
-    kl = torch.zeros((), device=group.device)
-    for index in _split(group, minibatch):
-        part = select(batch, index)
-        total, parts = losses(
-            policy, part, algorithm, temperature=temperature, value_only=value_only
-        )
-        share = len(index) / len(group)
-        (total * share).backward()
-        kl = kl + parts.pop("policy/kl_estimate") * share
-        for name, value in parts.items():
-            totals.add(name, value, len(index))
-    return kl
+@dataclass(frozen=True)
+class _Learning:
+    """One batch, and what is done with it."""
+
+    policy: Policy
+    optimizer: torch.optim.Optimizer
+    batch: Batch
+    share: Share
+    algorithm: Algorithm
+    settings: Optimizer
+    temperature: float
+
+    def run(self, generator: torch.Generator | None, *, value_only: bool) -> dict[str, Tensor]:
+        """Take the optimiser's steps, epoch after epoch, and return the means over minibatches."""
+        settings, limit, totals = self.settings, self.algorithm.kl_stop, _Means()
+        device, size = self.batch.action_tokens.device, settings.minibatch * settings.accumulation
+        with exchanged(self.optimizer, self.share.world) as gradients:
+            for _ in range(self.algorithm.epochs):
+                for group in self.share.groups(size, generator=generator, device=device):
+                    kl = self._accumulate(group, value_only, totals, gradients)
+                    if limit is not None and float(self.share.world.total(kl)) > limit:
+                        return totals.means(self.share.world)
+                    norm, skipped = _step(self.optimizer, settings)
+                    totals.add("loss/grad_norm", norm, 1)
+                    totals.count("loss/skipped_steps", skipped)
+        return totals.means(self.share.world)
+
+    @torch.no_grad()
+    def log_probs(self, index: Int[Tensor, " n"]) -> Float[Tensor, "m K V"]:
+        """Evaluate this process's part of some transitions, in passes as large as the update's."""
+        policy, temperature = self.policy, self.temperature
+        device = self.batch.action_tokens.device
+        logits = [torch.zeros(0, policy.num_tokens, policy.num_bins, device=device)]
+        for place, portion in self.share.passes(index, self.settings.minibatch, device):
+            part = select(self.batch, place)
+            found, _ = policy.evaluate(part.observation, part.action_tokens)
+            logits.append(found if portion else found[:0])
+        return (torch.cat(logits) / temperature).log_softmax(-1)
+
+    def _accumulate(
+        self,
+        group: Int[Tensor, " n"],
+        value_only: bool,
+        totals: _Means,
+        gradients: Gradients | None,
+    ) -> Tensor:
+        """Add up the gradient of the mean loss over a group; returns this process's share of KL."""
+        device = self.batch.action_tokens.device
+        kl = torch.zeros((), device=device)
+        self.optimizer.zero_grad(set_to_none=True)
+        if gradients is not None:
+            gradients.open()
+        passes = self.share.passes(group, self.settings.minibatch, device)
+        for number, (place, portion) in enumerate(passes, start=1):
+            total, parts = losses(
+                self.policy,
+                select(self.batch, place),
+                self.algorithm,
+                temperature=self.temperature,
+                value_only=value_only,
+            )
+            if gradients is not None and number == len(passes):
+                gradients.last()
+            (total * portion).backward()
+            kl = kl + parts.pop("policy/kl_estimate") * portion
+            for name, value in parts.items():
+                totals.add(name, value, len(place) if portion else 0)
+        if gradients is not None:
+            gradients.close()
+        return kl
 
 
-def _step(optimizer: torch.optim.Optimizer, settings: Optimizer) -> Tensor:
+def _step(optimizer: torch.optim.Optimizer, settings: Optimizer) -> tuple[Tensor, Tensor]:
+    """Clip and step, but change nothing if the gradient is not finite; its norm, and if so."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip)
+    norm = torch.nn.utils.clip_grad_norm_(parameters, settings.grad_clip).detach()
+    skipped = (~torch.isfinite(norm)).float()
+    # The fused optimiser reads this on the device, as it does for torch's gradient scaler: the
+    # processor need not wait to know.
+    optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
-    return norm.detach()
-
-
-@torch.no_grad()
-def _log_probs(
-    policy: Policy, batch: Batch, index: Int[Tensor, " n"], minibatch: int, temperature: float
-) -> Float[Tensor, "n K V"]:
-    """Evaluate some transitions in passes no larger than the update's own."""
-    parts = [select(batch, part) for part in _split(index, minibatch)]
-    logits = [policy.evaluate(part.observation, part.action_tokens)[0] for part in parts]
-    return (torch.cat(logits) / temperature).log_softmax(-1)
-
-
-def _split(index: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Cut into parts of nearly equal length, none longer than ``size``."""
-    return index.tensor_split(math.ceil(len(index) / size))
+    return norm, skipped
 
 
 class _Means:
-    """Weighted means that stay on the device."""
+    """Weighted means of what is finite; everything stays on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, int] = {}
+        self._weights: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
 
     def add(self, name: str, value: Tensor, weight: int) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + value * weight
-        self._weights[name] = self._weights.get(name, 0) + weight
+        finite = torch.isfinite(value)
+        kept = torch.where(finite, value, 0.0) * weight
+        self._sums[name] = self._sums.get(name, 0.0) + kept
+        self._weights[name] = self._weights.get(name, 0.0) + finite.to(value.dtype) * weight
 
-    def means(self) -> dict[str, Tensor]:
-        return {name: total / self._weights[name] for name, total in self._sums.items()}
+    def count(self, name: str, value: Tensor) -> None:
+        """Add up what every process counts alike."""
+        self._counts[name] = self._counts.get(name, 0.0) + value
+
+    def means(self, world: World) -> dict[str, Tensor]:
+        """Over the minibatches of all processes; NaN where nothing was finite."""
+        sums, weights = self._sums, self._weights
+        if world.size > 1:
+            names = sorted(sums)
+            table = torch.stack([torch.stack([sums[n], weights[n]]) for n in names])
+            found = world.total(table.double())
+            sums = dict(zip(names, found[:, 0], strict=True))
+            weights = dict(zip(names, found[:, 1], strict=True))
+        return {name: sums[name] / weights[name] for name in sums} | self._counts

@@ -114,30 +114,55 @@ def workers():
     running.close()
 
 
-def test_a_worker_that_dies_is_reported_and_the_others_are_ended(workers):
+def frames(workers):
+    return workers.outputs.image.clone()
+
+
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_worker_that_dies_or_hangs_loses_its_episodes_and_is_replaced(workers, fault, capsys):
+    workers.reset(torch.tensor([1, 2]))
+    workers.step(torch.zeros(2, 7))
+    expected = frames(workers)
     workers.reset(torch.tensor([1, 2]))
     first, second = (worker.process for worker in workers._workers)
-    os.kill(first.pid, signal.SIGKILL)
-    with pytest.raises(WorkerError, match=r"roadvla-scenes-0-0 died \(exit code -9\)"):
+    os.kill(first.pid, fault)
+    patience, workers._timeout = workers._timeout, 3.0
+    workers.step(torch.zeros(2, 7))
+    assert workers.lost.tolist() == [True, False]
+    assert not first.is_alive()
+    assert second.is_alive()
+    assert "worker roadvla-scenes-0-0" in capsys.readouterr().err
+    assert torch.equal(frames(workers)[1], expected[1])
+    workers._timeout = patience
+    workers.reset(torch.tensor([1, 2]))
+    workers.step(torch.zeros(2, 7))
+    assert workers.lost.tolist() == [False, False]
+    assert torch.equal(frames(workers), expected)
+
+
+def test_when_all_workers_die_there_is_nothing_to_go_on_with(workers):
+    workers.reset(torch.tensor([1, 2]))
+    processes = [worker.process for worker in workers._workers]
+    for process in processes:
+        os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises(WorkerError, match=r"roadvla-scenes-0-0 died, as did all others"):
         workers.step(torch.zeros(2, 7))
-    assert not second.is_alive()
     with pytest.raises(WorkerError, match="ended"):
         workers.step(torch.zeros(2, 7))
 
 
+def test_scenes_that_are_lost_again_and_again_end_it(workers):
+    for _ in range(3):
+        workers.reset(torch.tensor([1, 2]))
+        os.kill(workers._workers[0].process.pid, signal.SIGKILL)
+        workers.step(torch.zeros(2, 7))
+    with pytest.raises(WorkerError, match="was the 3rd in a row: it died"):
+        workers.reset(torch.tensor([1, 2]))
+
+
 def test_a_worker_that_fails_is_reported_with_its_traceback(workers):
     with pytest.raises(WorkerError, match=r"(?s)roadvla-scenes-0-0 failed.*Traceback.*ValueError"):
-        workers._order("reset", [[1, 2], [3]])
-
-
-def test_a_worker_that_hangs_is_reported(workers):
-    workers.reset(torch.tensor([1, 2]))
-    workers._timeout = 2.0
-    stopped = workers._workers[1].process
-    os.kill(stopped.pid, signal.SIGSTOP)
-    with pytest.raises(WorkerError, match="roadvla-scenes-1-1 gave no answer for 2 s"):
-        workers.step(torch.zeros(2, 7))
-    assert not stopped.is_alive()
+        workers._order("reset", dict(zip(workers._workers, ([1, 2], [3]), strict=True)))
 
 
 def test_a_missing_asset_is_refused_with_the_command_that_fetches_it(tmp_path, monkeypatch):

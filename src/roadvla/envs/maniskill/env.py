@@ -228,6 +228,9 @@ class ManiSkillEnv:
             else self._out.image.clone()
         )
         info = self._info
+        if isinstance(self._backend, Workers):
+            lost = self._backend.lost.clone()
+            self._info = info = {**info, "success": info["success"] & ~lost, "lost": lost}
         self._potential = potential(info["grasped"], info["consecutive_grasp"], info["success"])
         terminated = self._info["success"] & ~over & self.end_on_success
         self._ended = over | terminated

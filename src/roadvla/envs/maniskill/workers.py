@@ -1,7 +1,8 @@
 """Scenes in processes of their own: PhysX on a processor simulates one scene at a time.
 
 Frames, flags, states and actions lie in shared memory; pipes carry orders and complaints only. A
-worker that fails, dies or hangs ends the others, and the error says what it said last.
+worker that dies or hangs loses its episodes, and another takes its place at the next reset; one
+that fails by an exception ends the others, and the error says what it said last.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -36,13 +37,19 @@ TIMEOUT = 300.0
 _SECONDS_PER_SCENE = 2.0
 _LAST_WORDS = 4000
 _GRACE = 5.0
+_LOSSES = 3
+"""Times in a row that the workers of the same scenes may be lost."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class _Worker:
     process: BaseProcess
     pipe: Connection
     log: Path
+    start: int
+    stop: int
+    losses: int = 0
+    lost: str = ""
 
 
 class Workers:
@@ -54,6 +61,10 @@ class Workers:
         processes: How many; never more than B.
         timeout: Seconds that an order may take.
 
+    Attributes:
+        outputs: What the episodes show; of a lost one, what they showed last.
+        lost: Which of the running episodes are lost.
+
     Raises:
         UserError: If the scenes cannot be made: an asset is missing, say.
         WorkerError: If a worker does not come up.
@@ -64,21 +75,23 @@ class Workers:
     ) -> None:
         cpu = torch.device("cpu")
         self.outputs = Outputs.empty(count, recipe.settings.size, cpu).share()
+        self.lost = torch.zeros(count, dtype=torch.bool)
+        self._recipe = recipe
         self._actions = torch.zeros(count, 7).share_memory_()
         self._timeout = timeout + _SECONDS_PER_SCENE * -(-count // min(processes, count))
         self._folder = tempfile.TemporaryDirectory(prefix="roadvla-workers-")
         processes = min(processes, count)
         edges = [count * index // processes for index in range(processes + 1)]
-        self._rows = list(pairwise(edges))
-        self._workers = [self._start(recipe, *rows) for rows in self._rows]
-        self._finalizer = weakref.finalize(self, _stop, list(self._workers), self._folder)
+        self._workers = [self._start(*rows) for rows in pairwise(edges)]
+        self._finalizer = weakref.finalize(self, _stop, self._workers, self._folder)
         try:
-            self._wait()
+            self._wait(self._workers, replaceable=False)
         except BaseException:
             self.close()
             raise
 
-    def _start(self, recipe: Recipe, start: int, stop: int) -> _Worker:
+    def _start(self, start: int, stop: int) -> _Worker:
+        recipe = self._recipe
         context = torch.multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         log = Path(self._folder.name) / f"{start}.log"
@@ -91,65 +104,102 @@ class Workers:
         with _undisturbed():
             process.start()
         theirs.close()
-        return _Worker(process, ours, log)
+        return _Worker(process, ours, log, start, stop)
 
     def reset(self, episode_ids: Int[Tensor, " B"]) -> None:
-        """Start the episodes with these RL4VLA ids.
+        """Start the episodes with these RL4VLA ids, with new workers for those that were lost.
 
         Raises:
             UserError: If a worker finds an asset missing.
-            WorkerError: If a worker fails, dies or hangs.
+            WorkerError: If a worker fails, none is left, or the same scenes are lost again and
+                again.
         """
+        self._replace()
         ids = episode_ids.tolist()
-        self._order("reset", [ids[start:stop] for start, stop in self._rows])
+        self._order("reset", {worker: ids[worker.start : worker.stop] for worker in self._workers})
 
     def step(self, action: Float[Tensor, "B 7"]) -> None:
         """Apply one action of the controller's in every scene.
 
         Raises:
-            WorkerError: If a worker fails, dies or hangs.
+            WorkerError: If a worker fails or none is left.
         """
         self._actions.copy_(action)
-        self._order("step", [None] * len(self._rows))
+        self._order("step", dict.fromkeys(self._workers))
 
     def close(self) -> None:
         """End the processes; doing it twice is harmless."""
         self._finalizer()
 
-    def _order(self, order: str, arguments: Sequence[Any]) -> None:
+    def _replace(self) -> None:
+        """Start workers in place of those that were lost."""
+        self.lost.zero_()
+        new: list[_Worker] = []
+        for index, worker in enumerate(self._workers):
+            if not worker.lost:
+                worker.losses = 0
+            elif worker.losses >= _LOSSES:
+                self._fail(worker, f"was the {worker.losses}rd in a row: it {worker.lost}")
+            else:
+                self._workers[index] = self._start(worker.start, worker.stop)
+                self._workers[index].losses = worker.losses
+                new.append(self._workers[index])
+        if new:
+            self._wait(new, replaceable=False)
+
+    def _order(self, order: str, arguments: Mapping[_Worker, Any]) -> None:
         if not self._finalizer.alive:
             raise WorkerError("the workers have been ended: make the environment again")
         try:
-            for worker, argument in zip(self._workers, arguments, strict=True):
+            asked = [worker for worker in arguments if not worker.lost]
+            for worker in asked:
                 try:
-                    worker.pipe.send((order, argument))
+                    worker.pipe.send((order, arguments[worker]))
                 except OSError:
-                    self._fail(worker, "died")
-            self._wait()
+                    self._lose(worker, "died")
+            self._wait([worker for worker in asked if not worker.lost])
+            if all(worker.lost for worker in self._workers):
+                self._fail(self._workers[0], f"{self._workers[0].lost}, as did all others")
         except BaseException:
             self.close()  # or an answer would be taken for that to the next order
             raise
 
-    def _wait(self) -> None:
-        """Collect one answer of each worker."""
-        waiting = {worker.pipe: worker for worker in self._workers}
+    def _wait(self, asked: Sequence[_Worker], *, replaceable: bool = True) -> None:
+        """Collect one answer of each worker that was asked."""
+        waiting = {worker.pipe: worker for worker in asked}
+        give_up = self._lose if replaceable else self._fail
         deadline = time.monotonic() + self._timeout
         while waiting:
             ready = connection.wait(list(waiting), timeout=deadline - time.monotonic())
             if not ready:
-                slow = next(iter(waiting.values()))
-                self._fail(slow, f"gave no answer for {self._timeout:g} s")
+                for slow in waiting.values():
+                    give_up(slow, f"gave no answer for {self._timeout:g} s")
+                return
             for pipe in ready:
                 worker = waiting.pop(pipe)  # type: ignore[arg-type]
                 try:
                     answer, words = worker.pipe.recv()
                 except (EOFError, OSError):
-                    self._fail(worker, "died")
+                    give_up(worker, "died")
+                    continue
                 if answer == "refused":
                     self.close()
                     raise UserError(words)
                 if answer == "failed":
                     self._fail(worker, "failed", words)
+
+    def _lose(self, worker: _Worker, what: str) -> None:
+        """Give up a worker's episodes and say so."""
+        worker.process.kill()
+        worker.process.join(timeout=_GRACE)
+        worker.pipe.close()
+        worker.lost, worker.losses = what, worker.losses + 1
+        self.lost[worker.start : worker.stop] = True
+        print(
+            f"roadvla: warning: worker {worker.process.name} {what}: its "
+            f"{worker.stop - worker.start} episodes are left out",
+            file=sys.stderr,
+        )
 
     def _fail(self, worker: _Worker, what: str, words: str = "") -> NoReturn:
         worker.process.join(timeout=_GRACE if what == "died" else 0)

@@ -22,8 +22,8 @@ from roadvla.policy.openvla.adapters import (
 from roadvla.policy.openvla.artefacts import Adapter
 from roadvla.policy.openvla.checkpoint import locator
 from roadvla.policy.openvla.model import OpenVLA
-from roadvla.policy.openvla.network import draw_uniform
 from roadvla.policy.openvla.value_head import ValueHead
+from roadvla.policy.sampling import draw_uniform
 from roadvla.policy.settings import OpenVLASettings
 from roadvla.types import Observation, PolicyOutput
 
@@ -100,6 +100,7 @@ class OpenVLAPolicy(nn.Module):
         *,
         temperature: float,
         generator: torch.Generator | None = None,
+        uniform: Float[Tensor, "N K"] | None = None,
         keep_logits: bool = False,
     ) -> PolicyOutput:
         """Sample one action per observation, without gradient; temperature 0 is greedy.
@@ -110,7 +111,10 @@ class OpenVLAPolicy(nn.Module):
         Raises:
             ValueError: If the temperature is negative.
         """
-        uniform = draw_uniform(len(observation.prompt), generator).to(self.model.device)
+        if uniform is None:
+            uniform = draw_uniform(
+                len(observation.prompt), NUM_TOKENS, generator, self.model.device
+            )
         outputs = [
             self.model.act_on(*self._inputs(part), random, temperature=temperature)
             for part, random in zip(
@@ -227,6 +231,10 @@ class ReferenceCritic:
 
     def __init__(self, policy: OpenVLAPolicy, head: ValueHead) -> None:
         self._policy, self._head = policy, head
+
+    def to(self, device: torch.device) -> None:
+        """Follow the policy to another device."""
+        self._head = self._head.to(device)
 
     def value(self, observation: Observation) -> Float[Tensor, " N"]:
         """Value by the reference adapter and head, without gradient."""

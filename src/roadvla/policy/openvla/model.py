@@ -17,7 +17,7 @@ from roadvla.policy.action_tokens import NUM_TOKENS, NormStats, decode_bins
 from roadvla.policy.openvla.architecture import Architecture, read_architecture
 from roadvla.policy.openvla.artefacts import read_statistics, read_value_head
 from roadvla.policy.openvla.checkpoint import Checkpoint, load_weights, open_checkpoint
-from roadvla.policy.openvla.network import Network, draw_uniform
+from roadvla.policy.openvla.network import Network
 from roadvla.policy.openvla.preprocess import (
     Preprocessing,
     preprocess_pil,
@@ -197,7 +197,7 @@ class OpenVLA(Network):
             ValueError: If the temperature is negative.
         """
         ids, lengths = self.pad(prompt_ids)
-        uniform = draw_uniform(len(ids), generator).to(self.device)
+        uniform = draw_uniform(len(ids), NUM_TOKENS, generator, self.device)
         return self.act_on(pixel_values, ids, lengths, uniform, temperature=temperature)
 
     def evaluate(

@@ -7,6 +7,8 @@ rows of the output layer that stand for action bins are ever multiplied.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -54,6 +56,12 @@ class Network(nn.Module):
             text["num_attention_heads"], text["num_key_value_heads"], architecture.head_dim
         )
         self._run_layer, self._run_layer_at, self._step_layer = run_layer, run_layer_at, step_layer
+
+    def run_layers_by(self, call: Callable[..., Any]) -> None:
+        """Let every pass over a decoder layer go through ``call(work, layer, …)``."""
+        self._run_layer, self._run_layer_at, self._step_layer = (
+            partial(call, work) for work in (run_layer, run_layer_at, step_layer)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -210,12 +218,6 @@ class Network(nn.Module):
                 low = F.linear(x, a.weight)
                 logits = logits + lora.scaling[name] * F.linear(low, b.weight[_ACTION_ROWS])
         return logits.flip(-1)
-
-
-def draw_uniform(count: int, generator: torch.Generator | None) -> Float[Tensor, "B K"]:
-    """One number in [0, 1) per token, on the generator's device."""
-    device = "cpu" if generator is None else generator.device
-    return torch.rand(count, NUM_TOKENS, generator=generator, device=device)
 
 
 def _choose(
