@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +58,54 @@ def test_a_new_evaluation_takes_the_old_film_away(evaluation, tmp_path):
     path = write_evaluation(evaluation, tmp_path)
     write_evaluation(dataclasses.replace(evaluation, film=None), tmp_path)
     assert not film_path(path).exists()
+
+
+@pytest.mark.parametrize("filmed", [True, False])
+def test_numbers_and_film_belong_together_wherever_a_write_is_cut_off(
+    evaluation, tmp_path, monkeypatch, filmed
+):
+    old = dataclasses.replace(evaluation, env_steps=1)
+    new = dataclasses.replace(evaluation, env_steps=2)
+    if not filmed:
+        new = dataclasses.replace(new, film=None)
+    for call in range(1, 20):
+        folder = tmp_path / str(call)
+        path = write_evaluation(old, folder)
+        film_path(path).write_bytes(b"the old film")
+        done = _cut_off(monkeypatch, call, lambda folder=folder: write_evaluation(new, folder))
+        film = film_path(path)
+        if path.exists() and read_evaluation(path).env_steps == 1:
+            assert film.read_bytes() == b"the old film"
+        elif path.exists():
+            assert film.exists() == filmed
+            assert not filmed or film.read_bytes() != b"the old film"
+        if done:
+            assert read_evaluation(path).env_steps == 2
+            break
+    assert call in range(3, 19)
+
+
+def _cut_off(monkeypatch, call, work) -> bool:
+    """Do the work, but end it before a change of the folder; whether it came to its end."""
+    count = []
+
+    def dying(real):
+        def change(*args, **options):
+            count.append(0)
+            if len(count) >= call:
+                raise ZeroDivisionError
+            return real(*args, **options)
+
+        return change
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(Path, name, dying(getattr(Path, name)))
+        try:
+            work()
+        except ZeroDivisionError:
+            return False
+    return True
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_rubbish(evaluation, tmp_path, monkeypatch):

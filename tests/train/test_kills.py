@@ -79,7 +79,7 @@ class Killer:
         return False
 
     def _aim(self) -> str:
-        """Draw a phase of those hit least, which of its occurrences, and when after its beginning."""
+        """Draw a phase of those hit least, which of its occurrences, and how long after it."""
         phases = sorted(set(self._took) - {"load"})
         fewest = min(self.hit[phase] for phase in phases)
         phase = self._random.choice([phase for phase in phases if self.hit[phase] <= fewest])
