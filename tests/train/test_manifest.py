@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -68,6 +69,8 @@ def test_any_damage_is_told_and_the_one_before_is_used(tmp_path, name, damage):
     assert found == before
     assert name in passed_over
     assert "iteration_000002" in passed_over
+    if damage == "shorten" and name != "manifest.json":
+        assert re.search(r"it has \d+ bytes, not \d+", passed_over)
     assert latest_checkpoint(tmp_path) == before  # mended: who evaluates the run gets this one
 
 

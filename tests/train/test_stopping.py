@@ -273,7 +273,9 @@ def test_a_damaged_newest_checkpoint_is_told_and_costs_only_its_work(finished, t
 # TensorBoard and clocks.
 
 
-@pytest.mark.parametrize(("name", "call"), [("write", 4), ("hide", 1), ("hide", 2), ("write", 14)])
+@pytest.mark.parametrize(
+    ("name", "call"), [("write", 4), ("write", 6), ("hide", 1), ("hide", 2), ("write", 14)]
+)
 def test_tensorboard_has_no_gap_and_no_double(finished, tmp_path, monkeypatch, name, call):
     from roadvla.train.board import Board
 

@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -167,11 +168,14 @@ def _folder(root: Path, iteration: int) -> Path:
     return root / f"iteration_{iteration:06d}"
 
 
-def good_checkpoint(root: Path) -> tuple[Path | None, str]:
+def good_checkpoint(root: Path, *, mend: bool = True) -> tuple[Path | None, str]:
     """Find the newest checkpoint of a run's ``checkpoints`` folder that is as it was written.
 
-    Every file is read and compared with its recorded checksum. ``latest.json`` is mended if it does
-    not name what is found.
+    Every file is read and compared with its recorded checksum.
+
+    Args:
+        root: The folder.
+        mend: Point ``latest.json`` at what is found if it names something else.
 
     Returns:
         The checkpoint, ``None`` if the run has none yet; and why newer ones were passed over, if
@@ -193,8 +197,9 @@ def good_checkpoint(root: Path) -> tuple[Path | None, str]:
         except DamagedError as error:
             damaged.append(_reason(error))
             continue
-        if folder != named:
-            _point_at(folder)
+        if mend and folder != named:
+            with suppress(OSError):  # on a full disk: the next save says so
+                _point_at(folder)
         return folder, "; ".join(damaged)
     if damaged:
         raise UserError(

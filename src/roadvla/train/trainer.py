@@ -111,7 +111,9 @@ def train(
                 run = check_resumable(experiment)
                 if world.is_first:
                     held.enter_context(locked(run))
-                checkpoint, passed_over = good_checkpoint(folder / "checkpoints")
+                checkpoint, passed_over = good_checkpoint(
+                    folder / "checkpoints", mend=world.is_first
+                )
             elif world.is_first:
                 check_free(folder)
                 check_claimable(folder, force=force, sources=sources_of(experiment))
