@@ -71,9 +71,9 @@ clean:
 
 # Each stamp says what .venv holds; a larger set satisfies the smaller ones.
 .venv/installed-core: PACKAGE = .[openvla]
-.venv/installed-test: PACKAGE = .[openvla,lerobot,test]
-.venv/installed-sim: PACKAGE = .[openvla,maniskill,lerobot,test]
-.venv/installed-dev: PACKAGE = .[openvla,maniskill,lerobot,ray,test,dev]
+.venv/installed-test: PACKAGE = .[openvla,lerobot,serve,test]
+.venv/installed-sim: PACKAGE = .[openvla,maniskill,lerobot,serve,test]
+.venv/installed-dev: PACKAGE = .[openvla,maniskill,lerobot,ray,serve,test,dev]
 
 .venv/installed-core: $(BIN)/python $(INPUTS)
 	$(install)

@@ -171,6 +171,52 @@ def evaluate(arguments: list[str]) -> None:
     print(path)
 
 
+def serve(
+    source: tyro.conf.Positional[Annotated[Path, tyro.conf.arg(metavar="SOURCE")]],
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    token_file: Path | None = None,
+    device: str = "cpu",
+    max_batch: int = 64,
+    max_wait_ms: float = 2.0,
+    max_waiting: int = 256,
+    max_clients: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> None:
+    """Serve a policy to robots and other simulators, over WebSocket.
+
+    Args:
+        source: Policy folder, checkpoint, or run (its latest checkpoint).
+        host: Interface to listen on; any other than this machine's own needs a token.
+        port: 0 for any that is free.
+        token_file: File with the secret that clients must present; ROADVLA_TOKEN unless given.
+        device: Where the policy lives.
+        max_batch: Most frames of a pass, and of a request.
+        max_wait_ms: Milliseconds that a request may wait for others to share a pass.
+        max_waiting: Requests that may wait; more are told that the server is busy.
+        max_clients: Connections at a time; more are refused.
+        temperature: Of the sampling, unless a request says otherwise; 0 is greedy.
+        seed: Of the sampling, where a request does not bring its own numbers.
+    """
+    from roadvla.experiments.serving import serve as run
+    from roadvla.serving.settings import Serving
+
+    settings = Serving(
+        host=host,
+        port=port,
+        device=device,
+        max_batch=max_batch,
+        max_wait_ms=max_wait_ms,
+        max_waiting=max_waiting,
+        max_clients=max_clients,
+        temperature=temperature,
+        seed=seed,
+    )
+    run(source, settings, token_file=token_file)
+
+
 def plan(arguments: list[str]) -> None:
     """Tell what a run of OpenVLA needs and takes, before it is started."""
     from roadvla.experiments.plan import run
@@ -330,6 +376,7 @@ _COMMANDS: dict[str, Callable[..., None]] = {
     "eval": evaluate,
     "report": report,
     "study": study,
+    "serve": serve,
     "plan": plan,
     "export": export,
     "make-tiny-openvla": make_tiny_openvla,

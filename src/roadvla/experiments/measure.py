@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,7 +14,7 @@ from rich.progress import Progress
 
 from roadvla import envs
 from roadvla.envs import ManiSkillSettings
-from roadvla.errors import UserError
+from roadvla.errors import UserError, unknown_name
 from roadvla.evaluation.evaluate import Evaluation, check_request, evaluate
 from roadvla.evaluation.files import (
     count_filmed,
@@ -23,9 +24,11 @@ from roadvla.evaluation.files import (
     write_evaluation,
 )
 from roadvla.evaluation.machine import usable_device
+from roadvla.experiments.serving import connect
 from roadvla.experiments.stages import attribute, trained
 from roadvla.policy import Policy, load_policy, policy_kind
-from roadvla.policy.settings import OpenVLASettings, PolicyKind, Precision, Preprocess
+from roadvla.policy.settings import OpenVLASettings, Precision, Preprocess
+from roadvla.policy.weights import KINDS
 from roadvla.train.checkpoint import policy_folder
 from roadvla.train.checks import check_simulator
 from roadvla.train.memory import loading_sizes, within_memory
@@ -33,6 +36,7 @@ from roadvla.train.parts import maker_of
 from roadvla.train.run_folder import CONFIG, about, clear_folder, write_json
 
 _NUM_ENVS = 64
+_REMOTE = "remote://"
 _OVERRIDES = ("norm_key", "dtype", "preprocess", "inference_batch", "compile")
 _DECISIVE = ("norm_key", "dtype", "preprocess")
 
@@ -53,7 +57,8 @@ class Measurement:
             checkpoint of that name.
         force: Replace an earlier result of more episodes, another temperature or iteration.
         device: Where policy and environments live.
-        policy: Kind of policy, where it is to be made sure.
+        policy: ``tiny`` or ``openvla``, where it is to be made sure; without SOURCE
+            ``remote://HOST:PORT`` for one that ``roadvla serve`` serves.
         checkpoint: Without SOURCE: the OpenVLA to measure, a folder in HF format or the hub's
             ``owner/name``. With it: the base, if it is elsewhere than SOURCE says.
         norm_key: Action statistics of an OpenVLA, if not as trained, or not the only ones.
@@ -74,7 +79,7 @@ class Measurement:
     output: Path | None = None
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     device: str = "cpu"
-    policy: PolicyKind | None = None
+    policy: str | None = None
     checkpoint: str | None = None
     norm_key: str | None = None
     dtype: Precision | None = None
@@ -91,7 +96,11 @@ class Measurement:
             self.split, self.episodes, self.temperature, _NUM_ENVS, seed=0, record=self.record
         )
         check_simulator(self)
-        if self.source is None and self.checkpoint is None:
+        if self.policy not in (None, *KINDS) and not self.is_remote:
+            raise unknown_name("policy", str(self.policy), (*KINDS, f"{_REMOTE}HOST:PORT"))
+        if self.is_remote:
+            self._check_remote()
+        elif self.source is None and self.checkpoint is None:
             raise UserError(
                 "no policy is named: roadvla eval RUN --env ENV, or roadvla eval --policy openvla "
                 "--checkpoint FOLDER_OR_HUB_ID --env ENV"
@@ -100,6 +109,20 @@ class Measurement:
             raise UserError(
                 f"checkpoint {self.checkpoint!r} is an OpenVLA's: drop it or pass --policy openvla"
             )
+
+    def _check_remote(self) -> None:
+        given = {"source": self.source, "checkpoint": self.checkpoint} | self.overrides
+        for name, value in given.items():
+            if value is not None:
+                raise UserError(
+                    f"{name} {value!r} would not be used: {self.policy} is served as its server "
+                    f"was told, drop it"
+                )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the policy is a served one."""
+        return str(self.policy).startswith(_REMOTE)
 
     @property
     def overrides(self) -> dict[str, Any]:
@@ -120,6 +143,8 @@ def measure(wanted: Measurement) -> tuple[Evaluation, Path]:
     env = envs.canonical(wanted.env, wanted.sim)
     usable_device(wanted.device)
     wanted = replace(wanted, env=env)
+    if wanted.is_remote:
+        return _measure_served(wanted, str(wanted.policy))
     if wanted.source is None and (Path(str(wanted.checkpoint)) / "adapter_config.json").is_file():
         wanted = replace(wanted, source=Path(str(wanted.checkpoint)), checkpoint=None)
     if wanted.source is None:
@@ -132,6 +157,23 @@ def measure(wanted: Measurement) -> tuple[Evaluation, Path]:
         policy = _load(folder, wanted, settings)
     result = _run(policy, wanted, results, settings)
     result = attribute(result, folder, base=None if wanted.output else wanted.source)
+    return result, write_evaluation(result, results)
+
+
+def _measure_served(wanted: Measurement, address: str) -> tuple[Evaluation, Path]:
+    """Measure a policy that another process holds."""
+    with closing(connect(address)) as policy:
+        kind, iteration = policy.about.get("policy"), policy.about.get("iteration")
+        results = wanted.output or Path("runs/eval-remote/evaluation")
+        _refuse_loss(wanted, results, iteration=iteration)
+        settings = None if kind == "tiny" else OpenVLASettings()
+        result = _run(policy, wanted, results, settings)
+        result = replace(
+            result,
+            checkpoint=str(policy.about.get("checkpoint")),
+            iteration=iteration,
+            env_steps=policy.about.get("env_steps"),
+        )
     return result, write_evaluation(result, results)
 
 

@@ -1,0 +1,95 @@
+"""``roadvla serve`` and ``remote://``: policies from folders to the network, and back."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, cast
+
+from roadvla.errors import UserError
+from roadvla.evaluation.machine import usable_device
+from roadvla.experiments.stages import trained
+from roadvla.policy import NormStats, load_policy, policy_kind
+from roadvla.policy.settings import OpenVLASettings
+from roadvla.serving.settings import Serving
+from roadvla.train.checkpoint import policy_folder
+from roadvla.train.memory import loading_sizes, within_memory
+
+if TYPE_CHECKING:
+    from roadvla.serving.client import RemotePolicy
+
+TOKEN = "ROADVLA_TOKEN"
+_EXTRA = (
+    "serving needs packages that are not installed ({error}): pip install 'roadvla[serve]', or "
+    "make .venv/installed-test in the repository"
+)
+
+
+def serve(source: Path, settings: Serving, *, token_file: Path | None = None) -> None:
+    """Load a policy and serve it until Ctrl-C or SIGTERM.
+
+    Args:
+        source: Policy folder, checkpoint or run.
+        settings: How.
+        token_file: Holds the secret that clients must present.
+
+    Raises:
+        UserError: If the policy does not load, the address is taken, or others than this machine
+            could connect without a token.
+    """
+    try:
+        from roadvla.serving.server import PolicyServer, run_server
+    except ImportError as error:
+        raise UserError(_EXTRA.format(error=error.name)) from error
+    token = _token(token_file)
+    usable_device(settings.device)
+    folder = policy_folder(source)
+    kind = policy_kind(folder)
+    sizes = loading_sizes(
+        settings.device, "tiny" if kind == "tiny" else "openvla", OpenVLASettings()
+    )
+    with within_memory("loading the policy", *sizes):
+        policy = load_policy(folder, settings.device)
+    iteration, env_steps = trained(folder)
+    about = {
+        "policy": kind,
+        "checkpoint": str(folder),
+        "iteration": iteration,
+        "env_steps": env_steps,
+        "norm_stats": cast("NormStats", policy.norm_stats).to_dict(),  # type: ignore[attr-defined]
+    }
+    server = PolicyServer(policy, about, settings, token)
+    run_server(
+        server,
+        announce=lambda port: print(
+            f"serving {folder} on ws://{settings.host}:{port} (Ctrl-C ends it)", flush=True
+        ),
+    )
+
+
+def connect(address: str) -> RemotePolicy:
+    """Connect to a served policy, with the token of the environment variable if there is one.
+
+    Args:
+        address: ``remote://HOST:PORT``.
+
+    Raises:
+        UserError: If there is no such server.
+    """
+    try:
+        from roadvla.serving.client import RemotePolicy
+    except ImportError as error:
+        raise UserError(_EXTRA.format(error=error.name)) from error
+    return RemotePolicy(address, os.environ.get(TOKEN) or None)
+
+
+def _token(file: Path | None) -> str | None:
+    if file is None:
+        return os.environ.get(TOKEN) or None
+    try:
+        token = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"token file {file} cannot be read ({error})") from error
+    if not token or not token.isascii() or any(c.isspace() for c in token):
+        raise UserError(f"token file {file} holds no token: expected one line without spaces")
+    return token

@@ -1,0 +1,1 @@
+"""A policy over the network: server, client, and the messages between them."""

@@ -1,0 +1,375 @@
+"""A server on this machine, and clients of every kind."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import ClientConnection, connect
+
+from roadvla import cli
+from roadvla.errors import UserError
+from roadvla.evaluation.evaluate import evaluate
+from roadvla.evaluation.files import read_evaluation
+from roadvla.policy import BACKBONE_FOLDER, load_backbone
+from roadvla.serving.client import RemotePolicy
+from roadvla.serving.messages import MAX_BYTES, pack, unpack
+from roadvla.serving.server import PolicyServer
+from roadvla.serving.settings import Serving
+from roadvla.types import Observation
+
+PROMPT = "put carrot on plate"
+
+
+class Slow:
+    """The small VLA, which counts its passes and can be held up."""
+
+    def __init__(self) -> None:
+        self.policy = load_backbone("cpu")
+        self.rows: list[int] = []
+        self.free = threading.Event()
+        self.free.set()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.policy, name)
+
+    def act(self, observation, **options):
+        self.free.wait(30)
+        self.rows.append(len(observation.image))
+        return self.policy.act(observation, **options)
+
+
+@contextmanager
+def serving(policy: object, token: str | None = None, **settings: object) -> Iterator[int]:
+    """Run a server in a thread and give its port."""
+    loop, ready, done = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    ports: list[int] = []
+
+    async def run() -> None:
+        about = {
+            "policy": "tiny",
+            "checkpoint": "here",
+            "iteration": None,
+            "env_steps": None,
+            "norm_stats": policy.norm_stats.to_dict(),
+        }
+        async with PolicyServer(policy, about, Serving(port=0, **settings), token) as server:
+            ports.append(server.port)
+            ready.set()
+            await done.wait()
+
+    thread = threading.Thread(target=lambda: loop.run_until_complete(run()))
+    thread.start()
+    try:
+        assert ready.wait(20)
+        yield ports[0]
+    finally:
+        loop.call_soon_threadsafe(done.set)
+        thread.join(20)
+        assert not thread.is_alive()
+        loop.close()
+
+
+@pytest.fixture(scope="module")
+def port() -> Iterator[int]:
+    with serving(load_backbone("cpu")) as found:
+        yield found
+
+
+def frames(seed: int, count: int = 1) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, 256, (count, 48, 48, 3), dtype=np.uint8)
+
+
+@contextmanager
+def client(port: int, **options: object) -> Iterator[ClientConnection]:
+    with connect(f"ws://127.0.0.1:{port}", compression=None, proxy=None, **options) as ours:
+        greeting = ours.recv()
+        assert unpack(greeting)["protocol"] == 1
+        yield ours
+
+
+def ask(ours: ClientConnection, **message: object) -> dict | str:
+    ours.send(pack(message))
+    answer = ours.recv(timeout=30)
+    return answer if isinstance(answer, str) else unpack(answer)
+
+
+def test_the_answer_is_what_the_policy_does_here(port: int) -> None:
+    policy, image = load_backbone("cpu"), frames(0, 3)
+    uniform = np.random.default_rng(1).random((3, 7), dtype=np.float32)
+    with client(port) as ours:
+        answer = ask(ours, image=image, prompt=[PROMPT] * 3, uniform=uniform, temperature=0.7)
+    here = policy.act(
+        Observation(torch.from_numpy(image), policy.tokenize([PROMPT] * 3)),
+        temperature=0.7,
+        uniform=torch.from_numpy(uniform),
+    )
+    np.testing.assert_array_equal(answer["action_tokens"], here.action_tokens)
+    np.testing.assert_array_equal(answer["log_probs"], here.log_probs)
+    np.testing.assert_array_equal(answer["value"], here.value)
+    decoded = policy.decode(here.action_tokens)[:, None]
+    np.testing.assert_array_equal(answer["actions"], decoded)
+    assert set(answer["server_timing"]) == {"infer_ms", "wait_ms"}
+
+
+def test_one_frame_gives_a_chunk_of_one_action(port: int) -> None:
+    with client(port) as ours:
+        answer = ask(ours, **{"observation/image": frames(1)[0], "prompt": PROMPT})
+    assert answer["actions"].shape == (1, 7)
+    assert answer["actions"].dtype == np.float32
+
+
+def test_clients_share_passes_and_none_gets_another_s_answer() -> None:
+    policy = Slow()
+    with serving(policy, max_wait_ms=50.0) as port, ThreadPoolExecutor(16) as pool:
+
+        def one(seed: int) -> tuple[int, dict]:
+            with client(port) as ours:
+                return seed, ask(ours, image=frames(seed)[0], prompt=PROMPT)
+
+        answers = dict(pool.map(one, range(48)))
+    assert sum(policy.rows) == 48
+    assert max(policy.rows) > 4
+    for seed, answer in answers.items():
+        alone = policy.policy.act(
+            Observation(torch.from_numpy(frames(seed)), policy.tokenize([PROMPT])), temperature=0.0
+        )
+        np.testing.assert_allclose(answer["value"], alone.value[0], atol=1e-5)
+        # Another batch size may round a tie otherwise; values tell 48 noises apart.
+        assert (answer["action_tokens"] == alone.action_tokens[0].numpy()).mean() > 0.5
+
+
+def test_different_temperatures_do_not_share_a_pass() -> None:
+    policy = Slow()
+    policy.free.clear()
+    with serving(policy, max_wait_ms=200.0) as port, ThreadPoolExecutor(4) as pool:
+
+        def one(temperature: float) -> dict:
+            with client(port) as ours:
+                return ask(ours, image=frames(0)[0], prompt=PROMPT, temperature=temperature, seed=1)
+
+        waiting = [pool.submit(one, heat) for heat in (0.0, 1.0, 0.0, 1.0)]
+        time.sleep(0.3)
+        policy.free.set()
+        answers = [job.result(30) for job in waiting]
+    assert sum(policy.rows) == 4
+    np.testing.assert_array_equal(answers[0]["actions"], answers[2]["actions"])
+    np.testing.assert_array_equal(answers[1]["actions"], answers[3]["actions"])
+
+
+@pytest.mark.parametrize(
+    ("sent", "words"),
+    [
+        ("a text", "expected a binary message"),
+        (b"\xc1", "not readable"),
+        (pack({"prompt": PROMPT}), "'observation/image' is missing"),
+        (pack({"image": frames(0)[0], "prompt": "put " * 100}), "error: "),
+        (pack({"image": np.zeros((64, 64, 3), np.uint8), "prompt": PROMPT}), "error: "),
+    ],
+)
+def test_a_wrong_message_is_answered_and_the_next_one_is_fine(
+    port: int, sent: str | bytes, words: str
+) -> None:
+    with client(port) as ours:
+        ours.send(sent)
+        answer = ours.recv(timeout=30)
+        assert isinstance(answer, str)
+        assert words in answer
+        assert len(answer) < 400
+        assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+
+
+def test_a_bad_frame_does_not_spoil_the_pass_it_shares() -> None:
+    policy = Slow()
+    policy.free.clear()
+    with serving(policy, max_wait_ms=300.0) as port, ThreadPoolExecutor(3) as pool:
+
+        def one(prompt: str) -> dict | str:
+            with client(port) as ours:
+                return ask(ours, image=frames(3)[0], prompt=prompt)
+
+        waiting = [pool.submit(one, text) for text in (PROMPT, "put " * 100, PROMPT)]
+        time.sleep(0.3)
+        policy.free.set()
+        good, bad, other = (job.result(30) for job in waiting)
+    assert isinstance(bad, str)
+    np.testing.assert_array_equal(good["actions"], other["actions"])
+
+
+def test_a_message_that_is_too_large_ends_the_connection_only(port: int) -> None:
+    with client(port) as ours:
+        ours.send(b"\0" * (MAX_BYTES + 1))
+        with pytest.raises(ConnectionClosed):
+            ours.recv(timeout=30)
+    with client(port) as ours:
+        assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+
+
+def test_whoever_leaves_or_dawdles_holds_nobody_up(port: int) -> None:
+    for _ in range(20):  # leave in the middle of everything
+        with client(port) as ours:
+            ours.send(pack({"image": frames(0)[0], "prompt": PROMPT}))
+            ours.socket.close()
+    half = socket.create_connection(("127.0.0.1", port))
+    half.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n")  # and nothing more
+    with client(port) as ours:
+        assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+    half.close()
+
+
+def test_more_than_may_wait_are_told_so() -> None:
+    policy = Slow()
+    policy.free.clear()
+    with serving(policy, max_waiting=2, max_batch=1) as port, ThreadPoolExecutor(8) as pool:
+
+        def one(seed: int) -> dict | str:
+            with client(port) as ours:
+                return ask(ours, image=frames(seed)[0], prompt=PROMPT)
+
+        waiting = [pool.submit(one, seed) for seed in range(8)]
+        time.sleep(1.0)
+        policy.free.set()
+        answers = [job.result(30) for job in waiting]
+    busy = [answer for answer in answers if isinstance(answer, str)]
+    assert 4 <= len(busy) <= 6
+    assert all("busy: 2 requests are waiting" in answer for answer in busy)
+
+
+def test_more_clients_than_may_come_are_refused() -> None:
+    with serving(load_backbone("cpu"), max_clients=2) as port:
+        address = f"ws://127.0.0.1:{port}"
+        with client(port), client(port), pytest.raises(InvalidStatus, match="503"):
+            connect(address, proxy=None)
+        with client(port) as ours:
+            assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+
+
+def test_a_token_opens_and_only_the_right_one() -> None:
+    with serving(load_backbone("cpu"), token="secret") as port:
+        for headers in (None, {"Authorization": "Bearer other"}, {"Authorization": "Basic secret"}):
+            with (
+                pytest.raises(InvalidStatus, match="401"),
+                client(port, additional_headers=headers),
+            ):
+                pass
+        for kind in ("Bearer", "Api-Key"):
+            with client(port, additional_headers={"Authorization": f"{kind} secret"}):
+                pass
+        assert _health(port) == (200, b"OK\n")
+        with pytest.raises(UserError, match="ROADVLA_TOKEN"):
+            RemotePolicy(f"remote://127.0.0.1:{port}")
+        RemotePolicy(f"remote://127.0.0.1:{port}", "secret").close()
+
+
+def test_the_health_check_is_plain_http(port: int) -> None:
+    assert _health(port) == (200, b"OK\n")
+
+
+def _health(port: int) -> tuple[int, bytes]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/healthz", timeout=10) as answer:
+        return answer.status, answer.read()
+
+
+def test_others_need_a_token_to_be_let_near() -> None:
+    with pytest.raises(UserError, match=r"host '0\.0\.0\.0' lets others.*--token-file"):
+        PolicyServer(load_backbone("cpu"), {}, Serving(host="0.0.0.0"))
+
+
+# Evaluating what is served.
+
+
+def test_a_served_policy_is_measured_as_it_would_be_here(port: int) -> None:
+    options = {"env": "VR-UnseenTable", "split": "test", "episodes": 8, "num_envs": 4}
+    policy = RemotePolicy(f"remote://127.0.0.1:{port}")
+    there = evaluate(policy, **options)
+    here = evaluate(load_backbone("cpu"), **options)
+    policy.close()
+    assert (there.success, there.grasped) == (here.success, here.grasped)
+    assert there.events == here.events
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "roadvla", "serve", str(BACKBONE_FOLDER), "--port", "0"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        said = server.stdout.readline()
+        address = said.split("ws://")[1].split()[0]
+        wanted = ["eval", "--policy", f"remote://{address}", "--env", "VR-UnseenTable"]
+        wanted += ["--episodes", "4", "--output", str(tmp_path / "out")]
+        assert cli.main(wanted) == 0
+        found = read_evaluation(tmp_path / "out" / "VR-UnseenTable_test.json")
+        assert found.checkpoint == str(BACKBONE_FOLDER)
+        server.terminate()
+        assert server.wait(20) == 0
+        assert server.stderr is not None
+        assert server.stderr.read() == ""
+    capsys.readouterr()
+    assert cli.main([*wanted, "--force"]) == 2
+    assert "no policy server answers at remote://" in capsys.readouterr().err
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    capsys.readouterr()
+    assert cli.main([str(argument) for argument in arguments]) == 2
+    return capsys.readouterr().err
+
+
+def test_bad_input_ends_in_a_line(
+    port: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "is not a folder" in refused(capsys, "serve", tmp_path / "nothing")
+    taken = refused(capsys, "serve", BACKBONE_FOLDER, "--port", port)
+    assert f"cannot listen on 127.0.0.1:{port}" in taken
+    assert "port is 70000" in refused(capsys, "serve", BACKBONE_FOLDER, "--port", 70000)
+    (tmp_path / "empty").write_text("\n")
+    wrong = refused(capsys, "serve", BACKBONE_FOLDER, "--token-file", tmp_path / "empty")
+    assert "holds no token" in wrong
+    where = ("--env", "VR-UnseenTable", "--output", tmp_path / "out")
+    assert "unknown policy 'tinny'" in refused(capsys, "eval", "--policy", "tinny", *where)
+    both = refused(capsys, "eval", tmp_path, "--policy", f"remote://127.0.0.1:{port}", *where)
+    assert "would not be used" in both
+
+
+def test_a_server_that_goes_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(load_backbone("cpu")) as port:
+        policy = RemotePolicy(f"remote://127.0.0.1:{port}")
+    with pytest.raises(UserError, match="is gone"):
+        policy.act(
+            Observation(torch.from_numpy(frames(0)), policy.tokenize([PROMPT])), temperature=0.0
+        )
+
+
+def test_a_stranger_is_no_policy_server() -> None:
+    from websockets.sync.server import serve
+
+    def greet(answer: object) -> Callable[[object], None]:
+        return lambda connection: connection.send(answer)
+
+    for answer, words in (
+        ("hello", "is no policy server"),
+        (pack({"protocol": 1}), "is no policy server"),
+    ):
+        with serve(greet(answer), "127.0.0.1", 0) as stranger:
+            thread = threading.Thread(target=stranger.serve_forever)
+            thread.start()
+            port = stranger.socket.getsockname()[1]
+            with pytest.raises(UserError, match=words):
+                RemotePolicy(f"remote://127.0.0.1:{port}")
+            stranger.shutdown()
+            thread.join()
