@@ -18,6 +18,11 @@ from roadvla.errors import UserError
 from roadvla.policy.base import Critic, Policy
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
 from roadvla.policy.tiny import TinyArchitecture
+from roadvla.train.checkpoint import policy_folder
+from roadvla.train.config import Experiment
+from roadvla.train.memory import loading_sizes, within_memory
+from roadvla.train.run_folder import check_critic_trained
+from roadvla.world import World
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,3 +128,65 @@ def parts_of(
         load_critic=critic,
         spread=spread if openvla.shard else None,
     )
+
+
+def make_envs(parts: Parts, experiment: Experiment, world: World) -> list[VectorEnv]:
+    """Make a process's training environments: one, or two halves that are stepped in turn.
+
+    Raises:
+        UserError: If they cannot be shared equally, or have no halves.
+    """
+    rollout = experiment.rollout
+    count, share = 2 if rollout.overlap else 1, world.share(rollout.num_envs)
+    if share % count:
+        raise UserError(
+            f"a process has {share} environments, which has no two halves: raise num_envs to a "
+            f"multiple of {count * world.size}, or set overlap to false"
+        )
+    return [
+        parts.make_env(
+            experiment.env,
+            split="train",
+            num_envs=share // count,
+            sim=experiment.sim,
+            device=experiment.device,
+            end_on_success=rollout.end_on_success,
+        )
+        for _ in range(count)
+    ]
+
+
+def load_policies(
+    parts: Parts,
+    experiment: Experiment,
+    source: Path | str | None,
+    device: torch.device,
+    world: World,
+) -> tuple[Policy, Critic | None]:
+    """Load the live policy and the reference critic; cheap checks come first.
+
+    Args:
+        parts: Load them.
+        experiment: Names the critic.
+        source: Of the live policy; ``None`` for the pretrained one.
+        device: Where they go.
+        world: The processes that may hold them together.
+
+    Raises:
+        UserError: If something does not load or fit, or memory runs out.
+    """
+    critic = experiment.algorithm.reference_critic
+    folder = None if source is None else policy_folder(Path(source))
+    if critic is not None:
+        check_critic_trained(Path(critic))
+    sizes = loading_sizes(experiment.device, experiment.policy, experiment.openvla)
+    spread = parts.spread if world.size > 1 else None
+    place = device if spread is None else torch.device("cpu")
+    reference: Critic | None = None
+    with within_memory("loading the policy", *sizes):
+        policy = parts.load_backbone(place) if folder is None else parts.load_policy(folder, place)
+        if critic is not None:
+            reference = parts.critic(policy_folder(Path(critic)), policy, place)
+        if spread is not None:
+            spread(policy, reference, device, world.size)
+    return policy, reference

@@ -3,28 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import cast
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 from roadvla.envs import close
-from roadvla.envs.base import VectorEnv
-from roadvla.errors import UserError, WorkerError
+from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
 from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
 from roadvla.evaluation.machine import usable_device
-from roadvla.policy.base import Critic
 from roadvla.train.checkpoint import (
     Progress,
     good_checkpoint,
     latest_checkpoint,
-    policy_folder,
     read_progress,
     restore_memory,
     restore_optimizer,
@@ -32,8 +27,8 @@ from roadvla.train.checkpoint import (
 )
 from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
-from roadvla.train.diagnosis import write_diagnosis
 from roadvla.train.distributed import joined
+from roadvla.train.divergence import TrainingDivergedError, check_alike, refuse_divergence
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
 from roadvla.train.interrupt import (
@@ -43,7 +38,7 @@ from roadvla.train.interrupt import (
     stopped,
 )
 from roadvla.train.lock import check_free, locked
-from roadvla.train.memory import acting_sizes, loading_sizes, update_sizes, within_memory
+from roadvla.train.memory import acting_sizes, update_sizes, within_memory
 from roadvla.train.metrics import (
     MetricsWriter,
     Stopwatch,
@@ -52,13 +47,11 @@ from roadvla.train.metrics import (
     to_floats,
 )
 from roadvla.train.notes import add_note
-from roadvla.train.parts import Parts, parts_of
+from roadvla.train.parts import Parts, load_policies, make_envs, parts_of
 from roadvla.train.progress import Display
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
 from roadvla.train.run_folder import (
-    about,
     check_claimable,
-    check_critic_trained,
     check_resumable,
     create_run_folder,
     resume_command,
@@ -70,11 +63,9 @@ from roadvla.train.update import make_optimizer, set_learning_rates, update
 from roadvla.types import Batch
 from roadvla.world import World
 
+__all__ = ["Parts", "Trainer", "TrainingDivergedError", "train"]
+
 _FILMED = 6
-
-
-class TrainingDivergedError(UserError):
-    """A number stopped being finite; the last checkpoint is from before that."""
 
 
 def train(
@@ -214,7 +205,7 @@ class Trainer:
         self._parts = parts or parts_of(
             experiment.policy, experiment.checkpoint, experiment.openvla, experiment.maniskill
         )
-        self._envs = self._make_envs()
+        self._envs = make_envs(self._parts, experiment, self.world)
         self._env = self._envs[0]
         self.iterations = experiment.iterations(self._env.horizon)
         _check_minibatch(experiment, self._env.horizon)
@@ -226,7 +217,11 @@ class Trainer:
         if experiment.demonstrations is not None:
             self._demonstrations = load_demonstrations(Path(experiment.demonstrations))
         # Policies come last: they may take minutes to load.
-        self._load_policies(checkpoint or experiment.init)
+        source = checkpoint or experiment.init
+        loaded = load_policies(self._parts, experiment, source, self._device, self.world)
+        self.policy, self._reference = loaded
+        critic = self._reference
+        self._share_vision = critic is not None and critic.shares_vision(self.policy)
         self.optimizer = make_optimizer(self.policy, experiment.optimizer)
         self.generator = torch.Generator(self._device).manual_seed(experiment.seed)
         config = fingerprint(experiment)
@@ -349,7 +344,7 @@ class Trainer:
         Raises:
             WorkerError: If the processes' weights are not the same.
         """
-        self._check_alike()
+        check_alike(self.optimizer, self.world, self.progress.iteration, self._kept())
         if not self.world.is_first:
             return
         save_checkpoint(
@@ -404,73 +399,16 @@ class Trainer:
         share = Share.of_rollout(rollout.active, world, blocks=blocks)
         return batch, self._in_step(share), metrics
 
+    def _refuse_divergence(self, values: dict[str, float], batch: Batch) -> None:
+        number = self.progress.iteration + 1
+        refuse_divergence(
+            self.experiment, self.policy, batch, values, iteration=number, world=self.world
+        )
+
     def _in_step(self, share: Share) -> Share:
         """Ask for as many passes in every process, if they hold the policy together."""
         spread = self.world.size > 1 and self._parts.spread is not None
         return dataclasses.replace(share, in_step=spread)
-
-    def _trained(self) -> dict[str, torch.nn.Parameter]:
-        named = cast("torch.nn.Module", self.policy).named_parameters()
-        return {name: parameter for name, parameter in named if parameter.requires_grad}
-
-    def _make_envs(self) -> list[VectorEnv]:
-        """Make this process's environments: one, or two halves that are stepped in turn."""
-        experiment, rollout = self.experiment, self.experiment.rollout
-        parts = 2 if rollout.overlap else 1
-        share = self.world.share(rollout.num_envs)
-        if share % parts:
-            raise UserError(
-                f"a process has {share} environments, which has no two halves: raise num_envs to "
-                f"a multiple of {parts * self.world.size}, or set overlap to false"
-            )
-        return [
-            self._parts.make_env(
-                experiment.env,
-                split="train",
-                num_envs=share // parts,
-                sim=experiment.sim,
-                device=experiment.device,
-                end_on_success=rollout.end_on_success,
-            )
-            for _ in range(parts)
-        ]
-
-    def _check_alike(self) -> None:
-        """Make sure that every process has the same weights, bit for bit."""
-        if self.world.size == 1:
-            return
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        bits = [p.detach().contiguous().view(torch.int32).long().sum() for p in parameters]
-        if not self.world.agree(int(torch.stack(bits).sum())):
-            raise WorkerError(
-                f"the weights of the {self.world.size} processes are no longer the same after "
-                f"iteration {self.progress.iteration}: a device or a connection is at fault; "
-                f"{self._kept()}"
-            )
-
-    def _load_policies(self, source: Path | str | None) -> None:
-        """Load the live policy and the reference critic; cheap checks come first."""
-        experiment, critic = self.experiment, self.experiment.algorithm.reference_critic
-        folder = None if source is None else policy_folder(Path(source))
-        if critic is not None:
-            check_critic_trained(Path(critic))
-        sizes = loading_sizes(experiment.device, experiment.policy, experiment.openvla)
-        spread = self._parts.spread if self.world.size > 1 else None
-        device = self._device if spread is None else torch.device("cpu")
-        with within_memory("loading the policy", *sizes):
-            self.policy = (
-                self._parts.load_backbone(device)
-                if folder is None
-                else self._parts.load_policy(folder, device)
-            )
-            self._reference: Critic | None = None
-            if critic is not None:
-                self._reference = self._parts.critic(
-                    policy_folder(Path(critic)), self.policy, device
-                )
-                self._share_vision = self._reference.shares_vision(self.policy)
-            if spread is not None:
-                spread(self.policy, self._reference, self._device, self.world.size)
 
     @property
     def _acting(self) -> tuple[str, list[str]]:
@@ -489,38 +427,6 @@ class Trainer:
         if found is None:
             return "there is no checkpoint yet"
         return f"the last checkpoint is {found}: go on from it with --init and another --output"
-
-    def _refuse_divergence(self, metrics: dict[str, float], batch: Batch) -> None:
-        """Stop if a number is not finite, or too much had to be left out of the iteration."""
-        optimizer, lost = self.experiment.optimizer, metrics.get("rollout/lost_episodes", 0)
-        reasons: list[str] = []
-        if lost > self.experiment.rollout.num_envs / 2:
-            reasons.append(f"{lost:g} of {self.experiment.rollout.num_envs} episodes were lost")
-        if metrics.get("loss/skipped_steps", 0) > optimizer.max_skipped:
-            reasons.append(
-                f"{metrics['loss/skipped_steps']:g} optimiser steps had gradients that are not "
-                f"finite, more than max_skipped {optimizer.max_skipped}"
-            )
-        reasons += [f"{name} is {v}" for name, v in metrics.items() if not math.isfinite(v)]
-        if not reasons:
-            return
-        number, run = self.progress.iteration + 1, Path(self.experiment.output)
-        told = f"only in process 0: {run}" if not self.world.is_first else None
-        path = told or write_diagnosis(
-            run,
-            iteration=number,
-            reason="; ".join(reasons),
-            metrics=metrics,
-            parameters=self._trained(),
-            batch=batch,
-            about=about(self.experiment.device),
-        )
-        found = latest_checkpoint(run / "checkpoints")
-        kept = f"the last good checkpoint is {found}" if found else "no checkpoint yet"
-        raise TrainingDivergedError(
-            f"{reasons[0]} in iteration {number}: stopped, {kept}; what was seen is in {path}; try "
-            f"a lower --learning-rate or --grad-clip"
-        )
 
 
 def _check_minibatch(experiment: Experiment, horizon: int) -> None:

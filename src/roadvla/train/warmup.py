@@ -36,7 +36,7 @@ from roadvla.train.run_folder import (
     clear_folder,
     write_json,
 )
-from roadvla.train.trainer import TrainingDivergedError
+from roadvla.train.divergence import TrainingDivergedError
 from roadvla.train.update import losses, make_optimizer, schedule_factor, select
 from roadvla.types import Batch
 

@@ -1,0 +1,109 @@
+"""When a run must stop: numbers that are none, too much lost, processes that disagree."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+
+from roadvla.errors import UserError, WorkerError
+from roadvla.policy.base import Policy
+from roadvla.train.checkpoint import latest_checkpoint
+from roadvla.train.config import Experiment
+from roadvla.train.diagnosis import write_diagnosis
+from roadvla.train.run_folder import about
+from roadvla.types import Batch
+from roadvla.world import World
+
+
+class TrainingDivergedError(UserError):
+    """A number stopped being finite; the last checkpoint is from before that."""
+
+
+def refuse_divergence(
+    experiment: Experiment,
+    policy: Policy,
+    batch: Batch,
+    metrics: dict[str, float],
+    *,
+    iteration: int,
+    world: World,
+) -> None:
+    """Stop if a number is not finite, or too much had to be left out of an iteration.
+
+    Args:
+        experiment: Of the run.
+        policy: With its last gradients.
+        batch: What it learned from.
+        metrics: Of the iteration.
+        iteration: Its number, from 1.
+        world: The first of its processes writes the diagnosis.
+
+    Raises:
+        TrainingDivergedError: If so; what was seen is in the run folder.
+    """
+    reasons, run = _reasons(experiment, metrics), Path(experiment.output)
+    if not reasons:
+        return
+    where = str(run)
+    if world.is_first:
+        named = cast("nn.Module", policy).named_parameters()
+        where = str(
+            write_diagnosis(
+                run,
+                iteration=iteration,
+                reason="; ".join(reasons),
+                metrics=metrics,
+                parameters={name: p for name, p in named if p.requires_grad},
+                batch=batch,
+                about=about(experiment.device),
+            )
+        )
+    found = latest_checkpoint(run / "checkpoints")
+    kept = f"the last good checkpoint is {found}" if found else "no checkpoint yet"
+    raise TrainingDivergedError(
+        f"{reasons[0]} in iteration {iteration}: stopped, {kept}; what was seen is in {where}; try "
+        f"a lower --learning-rate or --grad-clip"
+    )
+
+
+def check_alike(optimizer: torch.optim.Optimizer, world: World, iteration: int, kept: str) -> None:
+    """Make sure that every process has the same weights, bit for bit.
+
+    Args:
+        optimizer: Of the weights.
+        world: The processes.
+        iteration: For the message.
+        kept: What there is to go on from, for the message.
+
+    Raises:
+        WorkerError: If they have not.
+    """
+    if world.size == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    bits = [p.detach().contiguous().view(torch.int32).long().sum() for p in parameters]
+    if not world.agree(int(torch.stack(bits).sum())):
+        raise WorkerError(
+            f"the weights of the {world.size} processes are no longer the same after iteration "
+            f"{iteration}: a device or a connection is at fault; {kept}"
+        )
+
+
+def _reasons(experiment: Experiment, metrics: dict[str, float]) -> list[str]:
+    count, most = experiment.rollout.num_envs, experiment.optimizer.max_skipped
+    lost, skipped = (
+        metrics.get(name, 0.0) for name in ("rollout/lost_episodes", "loss/skipped_steps")
+    )
+    reasons: list[str] = []
+    if lost > count / 2:
+        reasons.append(f"{lost:g} of {count} episodes were lost")
+    if skipped > most:
+        reasons.append(
+            f"{skipped:g} optimiser steps had gradients that are not finite, more than "
+            f"max_skipped {most}"
+        )
+    return reasons + [f"{name} is {v}" for name, v in metrics.items() if not math.isfinite(v)]
