@@ -140,7 +140,7 @@ class Experiment:
         openvla: How an OpenVLA is run and adapted.
         maniskill: How ManiSkill simulates.
         checkpoint_every: Iterations between checkpoints; the last is always saved.
-        keep_checkpoints: Keep all checkpoints, or the last.
+        keep_checkpoints: Keep all checkpoints, or the last two.
         kept_iterations: Iterations whose checkpoints are saved and kept in any case.
     """
 

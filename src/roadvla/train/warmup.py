@@ -19,6 +19,7 @@ from roadvla.train.checkpoint import policy_folder
 from roadvla.train.checks import check_choices, check_policy, check_simulator
 from roadvla.train.config import Algorithm, Optimizer
 from roadvla.train.demonstrations import Demonstrations, save_demonstrations
+from roadvla.train.divergence import TrainingDivergedError
 from roadvla.train.experts import Expert, expert_of
 from roadvla.train.lock import check_free, locked
 from roadvla.train.memory import learning_sizes, loading_sizes, within_memory
@@ -36,7 +37,6 @@ from roadvla.train.run_folder import (
     clear_folder,
     write_json,
 )
-from roadvla.train.divergence import TrainingDivergedError
 from roadvla.train.update import losses, make_optimizer, schedule_factor, select
 from roadvla.types import Batch
 
