@@ -14,6 +14,7 @@ from scipy import stats as scipy_stats
 from statsmodels.stats.multitest import multipletests
 
 from roadvla.evaluation.aggregate import (
+    EVEN,
     SMALLEST_P,
     holm,
     iqm,
@@ -136,6 +137,14 @@ def test_iqm_is_scipys_trimmed_mean(seed, rows, columns):
     assert iqm(scores) == pytest.approx(scipy_stats.trim_mean(scores, 0.25, axis=None))
 
 
+def widened(draws, mean, runs):
+    """The wider of the draws' quantiles and of t with their deviation, from scipy."""
+    error = np.std(draws) * np.sqrt(runs / (runs - 1))
+    t = scipy_stats.t.interval(0.95, runs - 1, loc=mean, scale=error)
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return min(low, t[0]), max(high, t[1])
+
+
 @settings(max_examples=3, deadline=None)
 @given(seeds)
 def test_iqm_intervals_are_those_of_a_loop(seed):
@@ -146,7 +155,7 @@ def test_iqm_intervals_are_those_of_a_loop(seed):
         drawn = [[row[generator.integers(5)] for _ in range(5)] for row in scores]
         draws.append(scipy_stats.trim_mean(np.array(drawn), 0.25, axis=None))
     found = iqm_interval(scores)
-    low, high = np.quantile(draws, [0.025, 0.975])
+    low, high = widened(draws, scipy_stats.trim_mean(scores, 0.25, axis=None), 5)
     assert found.mean == pytest.approx(scipy_stats.trim_mean(scores, 0.25, axis=None))
     assert (found.low, found.high) == (pytest.approx(low, abs=0.02), pytest.approx(high, abs=0.02))
     assert (found.seeds, found.episodes) == (5, 7)
@@ -157,6 +166,78 @@ def test_a_difference_of_iqms_draws_seeds_in_pairs():
     found = iqm_difference(scores + 0.1, scores)
     assert found.mean == pytest.approx(0.1)
     assert (found.low, found.high) == (pytest.approx(0.1), pytest.approx(0.1))
+
+
+GROUPS = (4, 4, 1, 4, 9)  # three of five settings share their runs; labels are any numbers
+
+
+def drawn_by_group(table, generator):
+    """Seeds of each group once, by loops."""
+    runs = table.shape[1]
+    picks = {group: [generator.integers(runs) for _ in range(runs)] for group in GROUPS}
+    return np.array(
+        [[row[s] for s in picks[group]] for row, group in zip(table, GROUPS, strict=True)]
+    )
+
+
+@settings(max_examples=3, deadline=None)
+@given(seeds)
+def test_settings_that_share_runs_share_draws(seed):
+    generator = np.random.default_rng(seed)
+    luck = generator.normal(size=(1, 4))
+    ours, theirs = (luck + 0.3 * generator.normal(size=(5, 4)) for _ in range(2))
+    means, apart, likely = [], [], []
+    for _ in range(3000):
+        first, second = drawn_by_group(np.stack([ours, theirs], axis=2), generator).T.swapaxes(1, 2)
+        means.append(scipy_stats.trim_mean(first.T, 0.25, axis=None))
+        apart.append(means[-1] - scipy_stats.trim_mean(second.T, 0.25, axis=None))
+        pairs = (
+            drawn_by_group(ours, generator)[:, :, None] - drawn_by_group(theirs, generator)[:, None]
+        )
+        likely.append((pairs > 0).mean() + (pairs == 0).mean() / 2)
+    for found, draws, limits in (
+        (iqm_interval(ours, GROUPS), means, (-9, 9)),
+        (iqm_difference(ours, theirs, GROUPS), apart, (-9, 9)),
+        (probability_of_improvement(ours, theirs, GROUPS), likely, (0, 1)),
+    ):
+        low, high = np.clip(widened(draws, found.mean, 4), *limits)
+        tolerance = 0.05 * (high - low)
+        assert found.low == pytest.approx(low, abs=tolerance)
+        assert found.high == pytest.approx(high, abs=tolerance)
+
+
+def test_shared_runs_widen_the_interval():
+    luck = np.random.default_rng(1).normal(size=(1, 4))
+    scores = luck + 0.1 * np.random.default_rng(2).normal(size=(7, 4))
+    apart, shared = iqm_interval(scores), iqm_interval(scores, [0] * 7)
+    assert shared.mean == apart.mean
+    assert shared.high - shared.low > 1.5 * (apart.high - apart.low)
+    worse = np.zeros((7, 4))
+    apart, shared = (probability_of_improvement(scores, worse, g) for g in ((), [0] * 7))
+    assert shared.high - shared.low > 1.5 * (apart.high - apart.low)
+
+
+def test_two_runs_that_are_alike_everywhere_are_still_two():
+    # Eight settings that repeat the same three rates say no more than one setting does.
+    one = np.array([[0.2, 0.5, 0.6]])
+    found, alone = iqm_interval(np.repeat(one, 8, axis=0), [3] * 8), iqm_interval(one)
+    assert found.high - found.low == pytest.approx(alone.high - alone.low, rel=0.35)
+
+
+# Four groups of three seeds, as in the study of seven settings, and no difference at all.
+def test_marks_without_a_difference_are_rare():
+    generator, groups, marks = np.random.default_rng(0), (0, 0, 0, 0, 1, 2, 3), np.zeros(2)
+    for _ in range(200):
+        ours, theirs = (
+            0.7 * generator.normal(size=(4, 3))[list(groups)] + 0.3 * generator.normal(size=(7, 3))
+            for _ in range(2)
+        )
+        improved = probability_of_improvement(ours, theirs, groups)
+        marks += (
+            iqm_difference(ours, theirs, groups).sign != 0,
+            improved.low > EVEN or improved.high < EVEN,
+        )
+    assert (marks <= 0.05 * 200 + 3).all(), marks  # quantiles alone mark about one in five
 
 
 @settings(max_examples=12, deadline=None)
@@ -190,8 +271,8 @@ def test_improvement_intervals_are_those_of_a_loop():
             x, y = generator.choice(a, 4), generator.choice(b, 4)
             values.append(np.mean([(p > q) + 0.5 * (p == q) for p in x for q in y]))
         draws.append(np.mean(values))
-    low, high = np.quantile(draws, [0.025, 0.975])
     found = probability_of_improvement(ours, theirs)
+    low, high = np.clip(widened(draws, found.mean, 4), 0, 1)
     assert (found.low, found.high) == (pytest.approx(low, abs=0.03), pytest.approx(high, abs=0.03))
 
 
@@ -202,17 +283,22 @@ def test_improvement_intervals_are_those_of_a_loop():
         (probability_of_improvement(OURS / 100, THEIRS / 100), RLIABLE_IMPROVEMENT),
     ],
 )
-def test_intervals_are_rliables(found, expected):
+def test_intervals_are_rliables_widened_for_few_seeds(found, expected):
+    # rliable's quantiles lie 1.959964 deviations out; t's with n seeds lie t·sqrt(n/(n − 1)) out:
+    # 2.776445·1.118034 for 5, 3.182446·1.154701 for 4.
+    wider = {5: 3.104160, 4: 3.674772}[found.seeds] / 1.959964
     assert found.mean == pytest.approx(expected[0], abs=1e-8)
-    assert (found.low, found.high) == pytest.approx(expected[1:], abs=0.015)
+    half = wider * (expected[2] - expected[1]) / 2
+    ends = np.clip([found.mean - half, found.mean + half], 0, 1)
+    assert (found.low, found.high) == pytest.approx(tuple(ends), abs=0.025)
 
 
 def test_a_narrower_level_narrows_the_interval():
     wide, narrow = iqm_interval(OURS / 100), iqm_interval(OURS / 100, level=0.5)
     assert wide.low < narrow.low < narrow.mean < narrow.high < wide.high
-    # Of a normal distribution the middle half is 0.674490 / 1.959964 as wide as 95 %.
+    # Of t with 4 degrees of freedom the middle half is 0.740697 / 2.776445 as wide as 95 %.
     ratio = (narrow.high - narrow.low) / (wide.high - wide.low)
-    assert ratio == pytest.approx(0.344, abs=0.04)
+    assert ratio == pytest.approx(0.2668, abs=1e-3)
 
 
 def test_one_seed_tells_nothing_of_others():
@@ -232,6 +318,8 @@ def test_tables_that_do_not_match_are_refused(unchecked):
         probability_of_improvement(scores, np.zeros((2, 2)))
     with pytest.raises(ValueError, match="numbers of seeds"):
         iqm_difference(scores, np.zeros((3, 3)))
+    with pytest.raises(ValueError, match="2 groups for 3 settings"):
+        iqm_interval(scores, (0, 1))
     with pytest.raises(ValueError, match="shapes differ"):
         p_value(scores, np.zeros((1, 2)))
 

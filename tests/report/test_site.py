@@ -16,10 +16,12 @@ from factory import make_run
 from results_factory import SEEDS, SETTINGS, record, study, write_results
 
 from roadvla.cli import main
+from roadvla.evaluation.aggregate import iqm_interval
 from roadvla.evaluation.records import write_record
 from roadvla.evaluation.results import read_results
 from roadvla.report.site import write_page
 from roadvla.report.site.numbers import entries, overall, verdict
+from roadvla.report.site.tables import overall_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ALL = ("table1", "table2", "alpha", "dynamics", "grasp", "failures", "readings", "cost")
@@ -132,6 +134,37 @@ def test_the_average_is_over_settings_and_common_seeds(tmp_path):
     )
     assert road.mean["test"][0] == pytest.approx(expected)
     assert road.improvement["test"].mean == 1.0
+
+
+def test_settings_that_share_runs_are_one_group(tmp_path):
+    first, second, _ = SETTINGS
+    root = write_results(tmp_path)
+    for method in ("ppo", "road"):
+        for seed in SEEDS:
+            rates = [record(method, env, seed, (0.6, 0.4)) for env in (first, second)]
+            both = tuple(outcome for made in rates for outcome in made.outcomes)
+            write_record(replace(rates[0], envs=(first, second), outcomes=both), root / "records")
+    cells = {m: {**e, second: e[first]} for m, e in study().cells.items()}
+    results = read_results(root)
+    shared = overall(results, study(cells=cells))[1]
+    found = np.array([
+        [results.records[cells["road"][e][str(s)]].outcome(e, "test").success.mean() for s in SEEDS]
+        for e in SETTINGS
+    ])  # fmt: skip
+    assert shared.iqm["test"] == iqm_interval(found, (0, 0, 2))
+    assert shared.iqm["test"] != iqm_interval(found, (0, 1, 2))
+
+
+@pytest.mark.parametrize("gain", [0.3, 0.0])
+def test_marks_over_settings_are_given_as_all_others(tmp_path, gain):
+    results = read_results(write_results(tmp_path, gain=gain))
+    text = overall_table(overall(results, results.studies["table1"]), "ppo")
+    road = text[text.index("road") :]
+    assert road.count('title="better"') == (6 if gain else 0)
+    assert 'title="worse"' not in road
+    swapped = replace(study(), baseline="road", methods=("road", "ppo"))
+    text = overall_table(overall(results, swapped), "road")
+    assert text.count('title="worse"') == (6 if gain else 0)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,18 @@
 
 Scores are tables with one row per setting and one column per seed. What is drawn in a bootstrap
 over them are the seeds of each setting, as Agarwal et al. (2021) do; the settings are not a sample
-of anything. Such intervals are too narrow with few seeds, and with one they are NaN: nothing is
-known then of other training runs. In an ``Estimate`` over settings, ``episodes`` counts the
-settings.
+of anything. Settings that share their training runs are one group, whose seeds are drawn once: a
+run that is good by luck is so in all of them. A bootstrap alone is too narrow with few seeds (three
+differences of one sign already exclude 0), so an interval is the wider of the draws' quantiles and
+of Student's t with the draws' own deviation. With one seed it is NaN: nothing is known then of
+other training runs. In an ``Estimate`` over settings, ``episodes`` counts the settings.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -21,6 +24,7 @@ from roadvla.evaluation.stats import Estimate
 
 RESAMPLES = 2000
 SMALLEST_P = 1e-4
+EVEN = 0.5  # the probability of improvement where there is no difference
 
 
 def p_value(outcomes: Real[np.ndarray, "S N"], baseline: Real[np.ndarray, "S N"]) -> float:
@@ -74,54 +78,69 @@ def iqm(scores: Real[np.ndarray, "M S"]) -> float:
     return float(_iqm(scores[None])[0])
 
 
-def iqm_interval(scores: Real[np.ndarray, "M S"], level: float = 0.95) -> Estimate:
-    """Interquartile mean with a bootstrap interval, stratified by setting.
+def iqm_interval(
+    scores: Real[np.ndarray, "M S"], groups: Sequence[int] = (), level: float = 0.95
+) -> Estimate:
+    """Interquartile mean, with an interval over seeds.
 
     Args:
         scores: Success rates, settings by seeds.
+        groups: Group of each setting; those of one group share their runs. None do unless given.
         level: Confidence level in (0, 1).
+
+    Raises:
+        ValueError: If there are more or fewer groups than settings.
     """
-    (drawn,) = _draws([scores], paired=True)
+    (drawn,) = _draws([scores], groups, paired=True)
     return _estimate(iqm(scores), _iqm(drawn), scores.shape, level)
 
 
 def iqm_difference(
-    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M S"], level: float = 0.95
+    ours: Real[np.ndarray, "M S"],
+    theirs: Real[np.ndarray, "M S"],
+    groups: Sequence[int] = (),
+    level: float = 0.95,
 ) -> Estimate:
     """Difference of interquartile means; seeds are drawn in pairs.
 
     Args:
         ours: Success rates, settings by seeds.
         theirs: Of another method, on the same settings and seeds.
+        groups: Group of each setting; those of one group share their runs. None do unless given.
         level: Confidence level in (0, 1).
 
     Raises:
         ValueError: If they have other settings or seeds.
     """
-    first, second = _draws([ours, theirs], paired=True)
+    first, second = _draws([ours, theirs], groups, paired=True)
     return _estimate(iqm(ours) - iqm(theirs), _iqm(first) - _iqm(second), ours.shape, level)
 
 
 def probability_of_improvement(
-    ours: Real[np.ndarray, "M S"], theirs: Real[np.ndarray, "M S2"], level: float = 0.95
+    ours: Real[np.ndarray, "M S"],
+    theirs: Real[np.ndarray, "M S2"],
+    groups: Sequence[int] = (),
+    level: float = 0.95,
 ) -> Estimate:
     """Chance that a run of one method beats one of the other on a setting, averaged over settings.
 
-    Ties count half: Mann and Whitney's U over the number of pairs. Even is 0.5, not 0, so the
-    estimate's ``sign`` says nothing here.
+    Ties count half: Mann and Whitney's U over the number of pairs. Even is ``EVEN``, not 0, so
+    the estimate's ``sign`` says nothing here.
 
     Args:
         ours: Success rates, settings by seeds.
         theirs: Of another method on the same settings; seeds are drawn independently.
+        groups: Group of each setting; those of one group share their runs. None do unless given.
         level: Confidence level in (0, 1).
 
     Raises:
         ValueError: If they have other settings.
     """
-    first, second = _draws([ours, theirs], paired=False)
+    first, second = _draws([ours, theirs], groups, paired=False)
     mean = float(_improvement(ours[None], theirs[None])[0])
     shape = len(ours), min(ours.shape[1], theirs.shape[1])
-    return _estimate(mean, _improvement(first, second), shape, level)
+    found = _estimate(mean, _improvement(first, second), shape, level)
+    return replace(found, low=min(max(found.low, 0.0), 1.0), high=max(min(found.high, 1.0), 0.0))
 
 
 def _tail(difference: Float[np.ndarray, "S N"]) -> float:
@@ -164,28 +183,41 @@ def _improvement(
     return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(1, 2, 3))
 
 
-def _draws(tables: Sequence[np.ndarray], *, paired: bool) -> list[np.ndarray]:
-    """Draw the seeds of each setting with replacement, many times: [RESAMPLES, M, S] each."""
+def _draws(
+    tables: Sequence[np.ndarray], groups: Sequence[int], *, paired: bool
+) -> list[np.ndarray]:
+    """Draw the seeds of each group with replacement, many times: [RESAMPLES, M, S] each."""
     rows, seeds = tables[0].shape
     if any(len(table) != rows for table in tables):
         raise ValueError(f"the methods have {[len(table) for table in tables]} settings")
     if paired and any(table.shape != tables[0].shape for table in tables):
         raise ValueError("the methods have different numbers of seeds")
+    if groups and len(groups) != rows:
+        raise ValueError(f"{len(groups)} groups for {rows} settings")
+    labels, member = np.unique(groups or range(rows), return_inverse=True)
     generator = np.random.default_rng([rows, seeds])
-    drawn, pick = [], generator.integers(seeds, size=(RESAMPLES, rows, seeds))
+    drawn, pick = [], generator.integers(seeds, size=(RESAMPLES, len(labels), seeds))
     for place, table in enumerate(tables):
         if place and not paired:
-            pick = generator.integers(table.shape[1], size=(RESAMPLES, *table.shape))
-        drawn.append(np.take_along_axis(table[None], pick, axis=2))
+            seeds = table.shape[1]
+            pick = generator.integers(seeds, size=(RESAMPLES, len(labels), seeds))
+        drawn.append(np.take_along_axis(table[None], pick[:, member], axis=2))
     return drawn
 
 
 def _estimate(
     mean: float, draws: Float[np.ndarray, " R"], shape: tuple[int, ...], level: float
 ) -> Estimate:
+    """The wider of the draws' quantiles and of Student's t on either side."""
+    settings, seeds = shape
+    if seeds == 1:  # the draws cannot differ, which is not to say that runs would not
+        return Estimate(mean, math.nan, math.nan, seeds, settings)
     tail = (1 - level) / 2
     low, high = np.quantile(draws, [tail, 1 - tail])
-    settings, seeds = shape
-    if seeds == 1:
-        low = high = math.nan  # the draws cannot differ, which is not to say that runs would not
-    return Estimate(mean, float(low), float(high), seeds, settings)
+    # Drawing S of S makes the variance (S - 1)/S of what it is; few groups may decide, so that the
+    # degrees of freedom are those of one.
+    error = float(draws.std()) * math.sqrt(seeds / (seeds - 1))
+    half = stats.t_quantile(1 - tail, seeds - 1) * error
+    return Estimate(
+        mean, min(float(low), mean - half), max(float(high), mean + half), seeds, settings
+    )

@@ -85,7 +85,7 @@ def t_interval(values: Real[np.ndarray, " S"], level: float = 0.95) -> tuple[flo
     if len(values) < 2:
         raise ValueError("a t interval needs at least two seeds")
     mean, std = mean_and_std(values)
-    half = _t_quantile(0.5 + level / 2, len(values) - 1) * std / math.sqrt(len(values))
+    half = t_quantile(0.5 + level / 2, len(values) - 1) * std / math.sqrt(len(values))
     return mean - half, mean + half
 
 
@@ -225,7 +225,7 @@ def _normal_quantile(level: float) -> float:
     return NormalDist().inv_cdf(0.5 + level / 2)
 
 
-def _t_quantile(probability: float, freedom: int) -> float:
+def t_quantile(probability: float, freedom: int) -> float:
     """Quantile, above the median, of Student's t with a whole number of degrees of freedom."""
     low, high = 0.0, 1.0
     while t_cdf(high, freedom) < probability:

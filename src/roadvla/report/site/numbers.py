@@ -144,7 +144,8 @@ def overall(results: Results, study: StudyRecord) -> list[Overall]:
         for method in study.methods
         for split in SPLITS
     }
-    return [_overall(method, study.baseline, tables) for method in study.methods]
+    groups = _sharing(study, kept)
+    return [_overall(method, study.baseline, tables, groups) for method in study.methods]
 
 
 def verdict(difference: Estimate | None, ours: str, theirs: str) -> str:
@@ -220,22 +221,38 @@ def _adjusted(made: list[Entry]) -> list[Entry]:
     return made
 
 
+def _sharing(study: StudyRecord, seeds: list[int]) -> list[int]:
+    """Group of each setting: that of the first setting that a method ran the same runs for."""
+    runs = [
+        {study.cells[method][setting][str(seed)] for method in study.methods for seed in seeds}
+        for setting in study.settings
+    ]
+    groups: list[int] = []
+    for place, ours in enumerate(runs):
+        known = (groups[before] for before in range(place) if ours & runs[before])
+        groups.append(next(known, place))
+    return groups
+
+
 def _overall(
-    method: str, baseline: str, tables: dict[tuple[str, str], list[np.ndarray]]
+    method: str,
+    baseline: str,
+    tables: dict[tuple[str, str], list[np.ndarray]],
+    groups: list[int],
 ) -> Overall:
     made = Overall(method=method, mean={}, iqm={}, versus={}, iqm_versus={}, improvement={})
     for split in SPLITS:
         ours, theirs = _rates(tables[method, split]), _rates(tables[baseline, split])
         made.mean[split] = mean_and_std(ours.mean(axis=0))
-        made.iqm[split] = iqm_interval(ours)
+        made.iqm[split] = iqm_interval(ours, groups)
         if method == baseline:
             continue
         first, second = (
             np.concatenate(tables[name, split], axis=1).astype(float) for name in (method, baseline)
         )
         made.versus[split] = paired_difference(first, second)
-        made.iqm_versus[split] = iqm_difference(ours, theirs)
-        made.improvement[split] = probability_of_improvement(ours, theirs)
+        made.iqm_versus[split] = iqm_difference(ours, theirs, groups)
+        made.improvement[split] = probability_of_improvement(ours, theirs, groups)
     return made
 
 

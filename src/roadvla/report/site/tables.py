@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from roadvla.evaluation.aggregate import EVEN
 from roadvla.evaluation.evaluate import SPLITS
 from roadvla.evaluation.stats import Estimate
 from roadvla.report.paper import PRINTED, Cell
@@ -52,8 +53,8 @@ def overall_table(rows: Sequence[Overall], baseline: str) -> str:
         line += [_spread(row.mean[split]) for split in SPLITS]
         line += [_estimate(row.iqm[split]) for split in SPLITS]
         line += [_difference(row.versus.get(split)) for split in SPLITS]
-        line += [_unmarked(row.iqm_versus.get(split)) for split in SPLITS]
-        line += [_estimate(row.improvement.get(split)) for split in SPLITS]
+        line += [_difference(row.iqm_versus.get(split)) for split in SPLITS]
+        line += [_improvement(row.improvement.get(split)) for split in SPLITS]
         body.append(line)
     head = ["Method", *(NAMES[split] for _ in range(5) for split in SPLITS)]
     groups = [
@@ -66,9 +67,9 @@ def overall_table(rows: Sequence[Overall], baseline: str) -> str:
     ]
     caption = (
         "Over all settings. Brackets are 95 % intervals: of means, over seeds and episodes drawn "
-        "in pairs; of interquartile means and improvement, over the seeds of each setting as if "
-        "they were independent. Settings that share runs are not, so these are too narrow and "
-        "carry no mark."
+        "in pairs; of interquartile means and improvement, over seeds, drawn once for settings "
+        "that share their runs. ▲ and ▼ mark an interval that excludes what no difference would "
+        "give: 0 points, or 50 % for improvement."
     )
     return html.table(caption, head, body, groups=groups)
 
@@ -136,15 +137,30 @@ def _estimate(estimate: Estimate | None) -> str:
     return f'{100 * estimate.mean:.1f} <span class="interval">[{interval(estimate)}]</span>'
 
 
+def _improvement(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    over = int(estimate.low > EVEN) - int(estimate.high < EVEN)
+    return (
+        f"{100 * estimate.mean:.1f}{_marked(over)} "
+        f'<span class="interval">[{interval(estimate)}]</span>'
+    )
+
+
+def _marked(sign: int) -> str:
+    if not sign:
+        return ""
+    mark, words = (" ▲", "better") if sign > 0 else (" ▼", "worse")
+    return f'<span class="mark" title="{words}">{mark}</span>'
+
+
 def _difference(estimate: Estimate | None, p: float | None = None) -> str:
     if estimate is None:
         return "–"
-    mark = {1: " ▲", -1: " ▼", 0: ""}[estimate.sign]
-    words = {1: "better", -1: "worse", 0: ""}[estimate.sign]
-    said = f'<span class="mark" title="{words}">{mark}</span>' if mark else ""
     tail = "" if p is None else f' <span class="p">p = {p:.2g}</span>'
     return (
-        f'<span data-sort="{estimate.mean}">{100 * estimate.mean:+.1f}</span>{said} '
+        f'<span data-sort="{estimate.mean}">{100 * estimate.mean:+.1f}</span>'
+        f"{_marked(estimate.sign)} "
         f'<span class="interval">[{interval(estimate, sign=True)}]</span>{tail}'
     )
 
