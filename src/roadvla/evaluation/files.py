@@ -17,6 +17,7 @@ import torch
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, Film
 from roadvla.evaluation.failures import EVENTS, check_modes
+from roadvla.files import parse_json
 
 _AGAIN = "run `roadvla eval` again to replace it"
 _DERIVED = ("success_rate", "success_low", "success_high", "success_once_rate", "grasp_rate")
@@ -98,7 +99,7 @@ def read_evaluation(path: Path) -> Evaluation:
         UserError: If the file is missing, damaged or inconsistent.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

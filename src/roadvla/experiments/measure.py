@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from roadvla.evaluation.files import (
 from roadvla.evaluation.machine import usable_device
 from roadvla.experiments.serving import connect
 from roadvla.experiments.stages import attribute, trained
+from roadvla.files import parse_json
 from roadvla.policy import Policy, load_policy, policy_kind
 from roadvla.policy.settings import OpenVLASettings, Precision, Preprocess
 from roadvla.policy.weights import KINDS
@@ -315,7 +315,7 @@ def _refuse_others(folder: Path, about_it: dict[str, Any], *, force: bool) -> No
 
 def _is_of(folder: Path, about_it: dict[str, Any]) -> bool:
     try:
-        recorded = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        recorded = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
         return all(recorded.get(name) == value for name, value in about_it.items())
     except (OSError, ValueError, AttributeError):
         return False

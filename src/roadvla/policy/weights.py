@@ -20,6 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from roadvla.errors import UserError
+from roadvla.files import parse_json
 from roadvla.policy.action_tokens import NUM_TOKENS, NormStats
 from roadvla.policy.base import Policy
 from roadvla.policy.tiny import TinyArchitecture, TinyVLA
@@ -156,7 +157,7 @@ def _read_bytes(path: Path) -> bytes:
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description = json.loads(_read_bytes(path))
+        description = parse_json(_read_bytes(path))
     except ValueError as error:
         raise UserError(
             f"{path} is not JSON ({error}): take another checkpoint or copy it again"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
@@ -16,6 +15,7 @@ import numpy as np
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation
 from roadvla.evaluation.files import film_path, read_evaluation
+from roadvla.files import parse_json
 
 _SKIPPED_FOLDERS = {"checkpoints", "tensorboard", "evaluation"}
 _SEED_SUFFIX = re.compile(r"[-_ /]+(?:seed|s)[-_ =]?\d+$")
@@ -114,7 +114,7 @@ def read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
     lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             if number == len(lines) and not text.endswith("\n"):
                 break
@@ -146,7 +146,7 @@ def _find(path: Path) -> Iterator[Path]:
 def _read_run(folder: Path) -> Run:
     path = folder / "config.json"
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

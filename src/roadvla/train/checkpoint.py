@@ -11,7 +11,6 @@ too, to fall back on.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -26,6 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from roadvla.errors import UserError
+from roadvla.files import parse_json
 from roadvla.policy.base import Policy
 from roadvla.train.manifest import (
     ELSEWHERE,
@@ -257,7 +257,7 @@ def policy_folder(path: Path) -> Path:
 def is_base(folder: Path) -> bool:
     """Whether a folder holds a pretrained model in HF format, not something this program made."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "model_type" in config

@@ -27,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from roadvla.errors import UserError
+from roadvla.files import parse_json
 from roadvla.policy.base import Policy
 from roadvla.train.run_folder import DEMONSTRATIONS
 from roadvla.types import Batch, Observation
@@ -181,7 +182,7 @@ def _check_finished(folder: Path) -> None:
     """Refuse a collection that was interrupted; parts from elsewhere come without a record."""
     path = folder / COLLECTION
     try:
-        finished = json.loads(path.read_text(encoding="utf-8"))["finished"]
+        finished = parse_json(path.read_text(encoding="utf-8"))["finished"]
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -214,7 +215,7 @@ def _load_file(path: Path) -> Demonstrations:
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}): {_again(path)}") from error
     try:
-        about = json.loads(metadata[_KEY])
+        about = parse_json(metadata[_KEY])
         instructions = tuple(str(text) for text in about["instructions"])
         found, origin = about["format"], dict(about["origin"])
     except (KeyError, ValueError, TypeError) as error:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation
+from roadvla.files import parse_json
 from roadvla.train.board import Board
 from roadvla.train.manifest import sync_folder
 
@@ -169,7 +170,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:
-            row = json.loads(line.decode())
+            row = parse_json(line.decode())
             rows.append({"iteration": int(row["iteration"]), **row})
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):

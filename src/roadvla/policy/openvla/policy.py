@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from roadvla.errors import UserError
+from roadvla.files import parse_json
 from roadvla.policy.openvla.adapted import OpenVLAPolicy, ReferenceCritic
 from roadvla.policy.openvla.adapters import LM_HEAD
 from roadvla.policy.openvla.artefacts import Adapter, read_adapter, write_adapter
@@ -195,7 +196,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = parse_json(path.read_text(encoding="utf-8"))
         kind, form = description["kind"], description["format"]
         hashes = dict(description["sha256"]) if kind == "openvla" else {}
     except (OSError, ValueError, KeyError, TypeError) as error:

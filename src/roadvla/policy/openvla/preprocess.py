@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from roadvla.errors import UserError
+from roadvla.files import parse_json
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 STRATEGY = "resize-naive"
@@ -191,7 +191,7 @@ def _check_images(images: Tensor) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: the model's pixel statistics are unknown; {_FIX}"

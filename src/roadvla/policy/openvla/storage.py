@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from roadvla.errors import UserError
+from roadvla.files import parse_json
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -55,7 +56,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             pass
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header: dict[str, Any] = json.loads(file.read(length))
+            header: dict[str, Any] = parse_json(file.read(length))
     except (OSError, ValueError, SafetensorError) as error:
         raise damaged(path, error) from error
     header.pop("__metadata__", None)
@@ -146,7 +147,7 @@ def read_json(path: Path) -> dict[str, Any]:
         UserError: If the file is unreadable or holds something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): copy it again") from error
     if not isinstance(data, dict):
