@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
@@ -224,7 +225,8 @@ def latest_checkpoint(root: Path) -> Path | None:
         return None
     data = read_object(path)
     name = data.get("folder")
-    if not isinstance(name, str) or not (root / name).is_dir():
+    known = isinstance(name, str) and re.fullmatch(r"iteration_\d{1,20}", name)
+    if not known or not (root / name).is_dir():
         raise DamagedError(f"{path} names the checkpoint {name!r}, which is not there; {ELSEWHERE}")
     return root / name
 

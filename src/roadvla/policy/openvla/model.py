@@ -27,6 +27,7 @@ from roadvla.policy.openvla.preprocess import (
 from roadvla.policy.openvla.prompt import PromptTokenizer
 from roadvla.policy.openvla.storage import first_line
 from roadvla.policy.openvla.value_head import ValueHead
+from roadvla.policy.sampling import draw_uniform
 from roadvla.types import PolicyOutput
 
 
