@@ -225,10 +225,10 @@ def latest_checkpoint(root: Path) -> Path | None:
         return None
     data = read_object(path)
     name = data.get("folder")
-    known = isinstance(name, str) and re.fullmatch(r"iteration_\d{1,20}", name)
-    if not known or not (root / name).is_dir():
+    known = isinstance(name, str) and re.fullmatch(r"iteration_\d{1,20}", name) is not None
+    if not known or not (root / str(name)).is_dir():
         raise DamagedError(f"{path} names the checkpoint {name!r}, which is not there; {ELSEWHERE}")
-    return root / name
+    return root / str(name)
 
 
 def policy_folder(path: Path) -> Path:
