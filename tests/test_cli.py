@@ -380,37 +380,6 @@ def test_ctrl_c_in_the_demo(reached: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_a_study_saves_and_starts_nothing_more(policy: Path, tmp_path: Path) -> None:
-    script = tmp_path / "small.py"
-    script.write_text(
-        "import sys\n"
-        "from pathlib import Path\n"
-        "from roadvla import cli\n"
-        "from roadvla.experiments import studies\n"
-        "if __name__ == '__main__':\n"
-        "    cells = [studies.Cell(name=f'c{i}', preset='tabletop-ppo') for i in range(4)]\n"
-        "    studies.STUDIES['small'] = tuple(cells)\n"
-        f"    studies.ensure_warm_up = lambda settings: Path({str(policy)!r})\n"
-        "    studies.ensure_evaluations = lambda *_, **__: None\n"
-        "    sys.exit(cli.main())\n"
-    )
-    out = tmp_path / "out"
-    shutil.copytree(policy, out / "warmup")
-    flags = ["study", "small", "--seeds", "0", "--jobs", "1", "--output", str(out)]
-    metrics = out / "c0-seed0" / "metrics.jsonl"
-    code, lines = _interrupted(
-        [sys.executable, str(script), *flags],
-        lambda: metrics.exists() and '"iteration": 1' in metrics.read_text(),
-    )
-    assert code == 130
-    assert (out / "c0-seed0" / "checkpoints" / "latest.json").exists()
-    assert lines[-1].startswith(
-        "roadvla: stopped; go on with the same command: roadvla study small --seeds 0 --jobs 1"
-    )
-    assert sorted(path.name for path in out.iterdir()) == ["c0-seed0", "c0-seed0.log", "warmup"]
-
-
-@pytest.mark.slow
 def test_from_warm_up_to_report(policy: Path, tmp_path: Path) -> None:
     def run(*arguments: object) -> None:
         assert cli.main([str(argument) for argument in arguments]) == 0
