@@ -12,19 +12,16 @@ _LONGEST = 1 << 63
 def parse_json(text: str | bytes) -> Any:
     """Parse JSON more strictly than Python does: what this package writes passes.
 
-    Numbers are finite and whole ones fit 64 bits, so that no later conversion fails on them.
+    Numbers that are written out are finite, and whole ones fit 64 bits. ``NaN`` and ``Infinity``,
+    which Python writes, are left to those who know what they stand for.
 
     Raises:
         ValueError: If it is no JSON, holds such a number, or is nested too deep to be read.
     """
     try:
-        return json.loads(text, parse_constant=_refuse, parse_float=_finite, parse_int=_whole)
+        return json.loads(text, parse_float=_finite, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
-
-
-def _refuse(name: str) -> float:
-    raise ValueError(f"it holds {name}, which is no JSON")
 
 
 def _finite(text: str) -> float:

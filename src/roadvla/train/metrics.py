@@ -172,7 +172,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         try:
             row = parse_json(line.decode())
             rows.append({"iteration": int(row["iteration"]), **row})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             if number == len(lines):
                 break
             raise UserError(
