@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import sys
@@ -41,6 +42,12 @@ def work_until_stopped(path: Path) -> None:
     time.sleep(60)
 
 
+def have_a_child() -> None:
+    child = multiprocessing.get_context("spawn").Process(target=int, daemon=True)
+    child.start()
+    child.join()
+
+
 @pytest.fixture
 def local():
     executor = LocalProcesses(2)
@@ -56,6 +63,11 @@ def test_cells_run_in_processes_of_their_own_and_print_to_their_logs(local, tmp_
     pids = {(tmp_path / name).read_text() for name in ("a", "b")}
     assert len(pids | {str(os.getpid())}) == 3
     assert (tmp_path / "logs" / "a.log").read_text() == "at work\n"
+
+
+def test_a_cell_may_have_processes_of_its_own(local, tmp_path):
+    local.start("a", have_a_child, tmp_path / "a.log")
+    assert local.wait() == ("a", None)
 
 
 @pytest.mark.parametrize(

@@ -73,8 +73,10 @@ class LocalProcesses:
     def start(self, name: str, work: Work, log: Path) -> None:
         """Begin a cell in a process of its own."""
         receiver, sender = self._context.Pipe(duplex=False)
+        # No daemon, for those may have no children, and ManiSkill's scenes are spread over some.
+        # It follows its parent all the same (``_follow_parent``).
         process = self._context.Process(
-            target=_run, args=(work, log, sender, self._threads), name=name, daemon=True
+            target=_run, args=(work, log, sender, self._threads), name=name, daemon=False
         )
         process.start()
         sender.close()
