@@ -372,7 +372,7 @@ def test_ctrl_c_in_the_demo(reached: str, tmp_path: Path) -> None:
     folder = tmp_path / "demo"
     command = [sys.executable, "-m", "roadvla", "demo", "--fast", "--output", str(folder)]
     code, lines = _interrupted(command, (folder / reached).exists)
-    assert code == 130
+    assert code == 130, lines
     assert [line for line in lines if line.startswith("roadvla:")] == [
         "roadvla: stopped; go on with the same command: "
         f"roadvla demo --output {folder} --seed 0 --fast"

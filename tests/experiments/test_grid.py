@@ -178,6 +178,8 @@ def test_a_choice_runs_less_and_leaves_the_study_as_it_is():
     assert part.studies == whole.studies
     evaluated = {cell.method for cell in runs(part) if cell.envs}
     assert evaluated == {"road-alpha-0", "road-alpha-1"}
+    assert part.cells[part.studies[0].warmup].envs == ("VR-UnseenTable",)
+    assert whole.cells[whole.studies[0].warmup].envs == ("VR-UnseenTable", "ER-Repositioning")
     # PPO is trained, for its critic is needed, but not measured.
     assert {cell.method for cell in runs(part)} == {*evaluated, "ppo"}
 

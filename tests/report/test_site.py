@@ -19,8 +19,9 @@ from roadvla.cli import main
 from roadvla.evaluation.aggregate import iqm_interval
 from roadvla.evaluation.records import write_record
 from roadvla.evaluation.results import read_results
+from roadvla.evaluation.stats import Estimate
 from roadvla.report.site import write_page
-from roadvla.report.site.numbers import entries, overall, verdict
+from roadvla.report.site.numbers import Entry, entries, established, overall, verdict
 from roadvla.report.site.tables import overall_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -95,6 +96,8 @@ def test_every_study_has_its_section_and_the_papers_claim(page):
         assert f'<section id="{name}"' in text
         assert f'<a href="#{name}">' in text
     assert "The paper: A claim." in text
+    drawing = text[text.index('<section id="dynamics"') :].split("</svg>")[0]
+    assert ">VR-UnseenTable</text>" in drawing
     assert "The paper&#x27;s (OpenVLA-7B, ManiSkill)" in text
 
 
@@ -178,6 +181,32 @@ def test_the_verdict_is_what_the_interval_establishes(tmp_path, gain, says):
     assert verdict(None, "road", "ppo") == "not measured yet"
     table = text[text.index('<section id="table1"') :].split("</table>")[0]
     assert ('title="better"' in table) == (gain > 0)
+    made = entries(results, results.studies["table1"], p_values=False)
+    sentence = established(made, "ppo")
+    assert sentence in table
+    ups, downs = (
+        [e for e in made if e.versus and e.versus["test"].sign == sign] for sign in (1, -1)
+    )
+    assert (len(ups) == 3, downs) == (gain > 0, [])
+    named = ", ".join(f"road on {e.setting}" for e in ups)
+    assert (
+        f"distribution {f'3 are ({named})' if gain else 'none is'} better and none is" in sentence
+    )
+
+
+def test_many_comparisons_are_counted_but_not_named():
+    versus = {
+        s: Estimate(mean=-0.1, low=-0.2, high=-0.05, seeds=1, episodes=9) for s in ("train", "test")
+    }
+    made = [
+        Entry(method=f"m{i}", setting="s", seeds=(0,), wanted=1, versus=versus) for i in range(5)
+    ]
+    assert established(made, "ppo") == (
+        "Here: of 5 comparisons with ppo, not corrected for their number, out of distribution none "
+        "is better and 5 are worse; in distribution none is better and 5 are worse."
+    )
+    assert "1 is (m0 on s) worse" in established(made[:1], "ppo")
+    assert established([], "ppo") == ""
 
 
 def test_what_is_missing_is_said_and_never_averaged(tmp_path):
@@ -273,7 +302,10 @@ addEventListener("load", () => {
     slider.dispatchEvent(new Event("input"));
     moved = film.querySelector(".frame").style.backgroundPositionX;
   }
+  const captions = [...document.querySelectorAll("caption span")].filter(
+    (span) => span.getBoundingClientRect().right > innerWidth).length;
   document.title = JSON.stringify({
+    captions, contents: document.querySelector("nav details").open,
     wide, theme: before !== after, hidden, moved,
     figures: document.querySelectorAll("figure svg").length,
     sorted: sorter.closest("th").getAttribute("aria-sort"),
@@ -296,5 +328,7 @@ def test_the_page_works_in_a_browser(page, tmp_path, width, dark):
     assert found["wide"] is False
     assert found["theme"] is True
     assert found["hidden"] == 0
+    assert found["captions"] == 0
+    assert found["contents"] is (width > 960)
     assert found["figures"] >= 9
     assert found["sorted"] == "descending"

@@ -140,7 +140,7 @@ def build_grid(
                 warmup=builder.warmup.name,
             )
         )
-    builder.finish([env for study in studies for env in study.settings])
+    builder.finish()
     return Grid(
         root=builder.root,
         warm_up=builder.warm_up,
@@ -186,9 +186,11 @@ class _Builder:
             self.cells[cell.name] = replace(known, envs=_union(known.envs, (env,)))
         return cell.name
 
-    def finish(self, envs: Iterable[str]) -> None:
+    def finish(self) -> None:
         """Let the warm-up be measured wherever a method is."""
-        warmup = replace(self.warmup, envs=_union((), envs))
+        warmup = replace(
+            self.warmup, envs=_union((), (env for cell in self.cells.values() for env in cell.envs))
+        )
         self.cells = {
             warmup.name: warmup,
             **{n: c for n, c in self.cells.items() if n != warmup.name},

@@ -110,9 +110,9 @@ def dynamics(
                     if len(values):
                         style = {**look(method), "marker": ""}
                         band(axis, np.array(steps) / 1000, values, method, style)
-                if row is axes[0]:
-                    axis.set_title(setting)
             row[0].set_ylabel(label)
+        for axis, setting in zip(axes[0], shown, strict=True):
+            axis.set_title(setting)
         for axis in axes[-1]:
             thousands(axis)
         axes[0, 0].legend(fontsize=9)

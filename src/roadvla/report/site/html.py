@@ -69,7 +69,7 @@ def table(
     kind = ' class="sortable"' if sortable else ""
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{text(caption)}">'
-        f"<table{kind}><caption>{text(caption)}</caption><thead>{top}<tr>{titles}</tr></thead>"
+        f"<table{kind}><caption><span>{text(caption)}</span></caption><thead>{top}<tr>{titles}</tr></thead>"
         f"<tbody>{body}</tbody></table></div>"
     )
 

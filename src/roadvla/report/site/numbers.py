@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +26,9 @@ from roadvla.evaluation.stats import (
     seed_interval,
     unpaired_difference,
 )
+
+_NAMED = 4
+"""So many comparisons are listed by name in a sentence."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,12 +162,40 @@ def verdict(difference: Estimate | None, ours: str, theirs: str) -> str:
     return f"{ours if difference.sign > 0 else theirs} better ({words})"
 
 
+def established(entries: Sequence[Entry], baseline: str) -> str:
+    """Count the comparisons that the intervals decide; empty if there is nothing to compare."""
+    compared = [entry for entry in entries if entry.versus]
+    if not compared:
+        return ""
+    parts = []
+    for split, where in (("test", "out of distribution"), ("train", "in distribution")):
+        up, down = (
+            _counted([e for e in compared if split in e.versus and e.versus[split].sign == sign])
+            for sign in (1, -1)
+        )
+        parts.append(f"{where} {up} better and {down} worse")
+    return (
+        f"Here: of {len(compared)} comparisons with {baseline}, not corrected for their number, "
+        f"{'; '.join(parts)}."
+    )
+
+
 def interval(estimate: Estimate, *, sign: bool = False) -> str:
     """Spell an interval in percent or points; one seed tells nothing of other runs."""
     if math.isnan(estimate.low):
         return "one seed: unknown"
     form = "{:+.1f}" if sign else "{:.1f}"
     return f"{form.format(100 * estimate.low)} to {form.format(100 * estimate.high)}"
+
+
+def _counted(entries: Sequence[Entry]) -> str:
+    """How many, and which where they are few enough to name."""
+    if not entries:
+        return "none is"
+    number = f"{len(entries)} {'is' if len(entries) == 1 else 'are'}"
+    if len(entries) > _NAMED:
+        return number
+    return f"{number} ({', '.join(f'{e.method} on {e.setting}' for e in entries)})"
 
 
 def _entry(

@@ -10,6 +10,13 @@
   toggle.addEventListener("click", () => { root.dataset.theme = dark() ? "light" : "dark"; say(); });
   say();
 
+  // On a narrow screen the contents would push the title out of sight.
+  const contents = document.querySelector("nav details");
+  const narrow = matchMedia("(max-width: 60rem)");
+  const fold = () => { contents.open = !narrow.matches; };
+  narrow.addEventListener("change", fold);
+  fold();
+
   const key = (row, column) => {
     const cell = row.cells[column];
     const marked = cell.querySelector("[data-sort]");

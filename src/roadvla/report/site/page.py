@@ -17,7 +17,7 @@ from roadvla.report.site import html
 from roadvla.report.site.curves import adaptation, dynamics, settled
 from roadvla.report.site.failing import bars, fates, told
 from roadvla.report.site.films import players
-from roadvla.report.site.numbers import Entry, Overall, entries, overall, verdict
+from roadvla.report.site.numbers import Entry, Overall, entries, established, overall, verdict
 from roadvla.report.site.origins import cost, provenance, summary, warnings
 from roadvla.report.site.plots import Look
 from roadvla.report.site.tables import markdown, overall_table, readings_table, study_table
@@ -166,7 +166,10 @@ class _Builder:
 
     def _table(self, study: StudyRecord) -> list[str]:
         made = study_table(study.name, study.title + ".", self._entries[study.name], study.baseline)
-        return [made, *self._curves(study)]
+        return [self._found(study), made, *self._curves(study)]
+
+    def _found(self, study: StudyRecord) -> str:
+        return html.paragraph(established(self._entries[study.name], study.baseline))
 
     def _curves(self, study: StudyRecord) -> list[str]:
         return [adaptation(self._results, study, self._look, self._output)]
@@ -188,7 +191,7 @@ class _Builder:
         ]
 
     def _readings(self, study: StudyRecord) -> list[str]:
-        return [readings_table(self._entries[study.name], study.baseline)]
+        return [self._found(study), readings_table(self._entries[study.name], study.baseline)]
 
     def _failures(self, study: StudyRecord) -> list[str]:
         crossed = [
@@ -251,7 +254,7 @@ _TEMPLATE = """<!doctype html>
 <body>
 <a class="skip" href="#main">Skip to the content</a>
 <div class="layout">
-<nav aria-label="Contents"><ol>{toc}</ol></nav>
+<nav aria-label="Contents"><details open><summary>Contents</summary><ol>{toc}</ol></details></nav>
 <main id="main">
 <header>
 <div class="top"><h1>{title}</h1><button type="button" class="theme" hidden>Dark</button></div>
