@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from typing import Any, NoReturn
 
 import numpy as np
@@ -44,8 +45,9 @@ class RemotePolicy:
     def __init__(self, address: str, token: str | None = None) -> None:
         self._address = address
         headers = {"Authorization": f"Bearer {token}"} if token else None
+        self._open = ExitStack()
         try:
-            self._socket = connect(
+            opening = connect(
                 f"ws://{address.removeprefix(SCHEME)}",
                 additional_headers=headers,
                 max_size=MAX_BYTES,
@@ -53,6 +55,7 @@ class RemotePolicy:
                 open_timeout=_OPEN_SECONDS,
                 proxy=None,
             )
+            self._socket = self._open.enter_context(opening)
             greeting = self._socket.recv(timeout=_OPEN_SECONDS)
         except (OSError, TimeoutError, InvalidHandshake, InvalidURI, ConnectionClosed) as error:
             raise UserError(
@@ -142,7 +145,7 @@ class RemotePolicy:
 
     def close(self) -> None:
         """Leave; doing it twice is harmless."""
-        self._socket.close()
+        self._open.close()
 
     def _ask(
         self, image: np.ndarray, texts: list[str], noise: np.ndarray, temperature: float
