@@ -20,7 +20,8 @@ from roadvla.evaluation.machine import describe_machine
 from roadvla.experiments.presets import TABLETOP_PPO, TABLETOP_ROAD
 from roadvla.policy import load_backbone, save_policy
 from roadvla.train.config import Experiment
-from roadvla.train.trainer import Parts, Trainer
+from roadvla.train.parts import Parts
+from roadvla.train.trainer import Trainer
 
 PHASES = ("time/rollout", "time/reference", "time/update", "time/iteration")
 

@@ -23,7 +23,7 @@ from roadvla.train.config import (
     Optimizer,
     RolloutConfig,
 )
-from roadvla.train.trainer import Parts
+from roadvla.train.parts import Parts
 from roadvla.types import Batch, Observation, PolicyOutput
 
 COLOURS = 4

@@ -11,8 +11,10 @@ import torch
 
 from probes import PARTS, ColourEnv, TablePolicy, probe_experiment
 from roadvla.train.config import Optimizer
+from roadvla.train.divergence import TrainingDivergedError
 from roadvla.train.metrics import read_metrics
-from roadvla.train.trainer import TrainingDivergedError, train
+from roadvla.train.rollout import collect
+from roadvla.train.run import train
 
 OPTIMIZER = Optimizer(learning_rate=0.1, value_learning_rate=0.05, minibatch=32)
 
@@ -127,6 +129,15 @@ def test_lost_episodes_are_left_out_and_counted(tmp_path: Path) -> None:
     assert [row["rollout/lost_episodes"] for row in rows] == [3] * 12
     assert rows[-1]["rollout/success_rate"] > 0.5
     assert all(0 <= row["rollout/return"] <= 1 for row in rows)
+
+
+def test_nothing_is_learned_from_a_lost_episode() -> None:
+    env = broken((3, 4), (7,)).make_env("VR-UnseenTable", split="train", num_envs=9)
+    rollout = collect(TablePolicy(), env, torch.arange(9), temperature=1.0)
+    assert rollout.outcome["lost"].nonzero().flatten().tolist() == [3, 4, 7]
+    assert not rollout.active[:, [3, 4, 7]].any()
+    assert not rollout.reward[:, [3, 4, 7]].any()
+    assert rollout.active[:, [0, 1, 2, 5, 6, 8]].all()
 
 
 def test_more_than_half_lost_stop_the_run(tmp_path: Path) -> None:

@@ -104,7 +104,7 @@ def assert_identical(killed: Path, whole: Path) -> None:
         sorted(
             path.relative_to(run).as_posix()
             for path in run.rglob("*")
-            if path.parent.name != "tensorboard" and not path.name.endswith(".tmp")
+            if path.parent.name != "tensorboard"
         )
         for run in (killed, whole)
     ]

@@ -15,7 +15,7 @@ from roadvla.train.memory import (
     update_sizes,
     within_memory,
 )
-from roadvla.train.trainer import train
+from roadvla.train.run import train
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytearray(2**62)])

@@ -21,7 +21,8 @@ from roadvla.train.config import (
 )
 from roadvla.train.metrics import read_metrics
 from roadvla.train.parts import parts_of
-from roadvla.train.trainer import Trainer, train
+from roadvla.train.run import train
+from roadvla.train.trainer import Trainer
 from roadvla.world import World
 
 SIZES = TinySizes(

@@ -259,7 +259,7 @@ def _save_film(file: BinaryIO, film: Film) -> None:
 
 def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
     """Write what is to become a file under another name, on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
             write(file)

@@ -15,7 +15,6 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -38,7 +37,6 @@ from roadvla.train.manifest import (
     read_files,
     read_object,
     sync_folder,
-    verify,
     write_manifest,
     write_synced,
 )
@@ -118,7 +116,7 @@ def save_checkpoint(
         _discard(final)
         os.replace(temporary, final)
         sync_folder(root)
-        _point_at(final)
+        point_at(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -130,7 +128,7 @@ def save_checkpoint(
     return final
 
 
-def _point_at(folder: Path) -> None:
+def point_at(folder: Path) -> None:
     """Name a checkpoint in ``latest.json``."""
     partial, number = folder.with_name(f".{_LATEST}.partial"), int(folder.name.rpartition("_")[2])
     write_synced(partial, as_json({"iteration": number, "folder": folder.name}))
@@ -140,12 +138,12 @@ def _point_at(folder: Path) -> None:
 
 def _retire(root: Path, iteration: int, *, keep_all: bool, kept: Collection[int]) -> None:
     """Drop what is not to be kept once the checkpoint of an iteration is there."""
-    earlier = [number for number in _iterations(root) if number <= iteration]
+    earlier = [number for number in iterations_in(root) if number <= iteration]
     spared = {*(earlier if keep_all else earlier[:_KEPT]), *(n for n in kept if n <= iteration)}
     # A later one is of work that was lost: the run fell back behind it, for it was damaged.
-    for number in _iterations(root):
+    for number in iterations_in(root):
         if number not in spared:
-            _discard(_folder(root, number))
+            _discard(checkpoint_folder(root, number))
     for abandoned in root.glob(".iteration_*.partial"):
         shutil.rmtree(abandoned, ignore_errors=True)
 
@@ -159,59 +157,15 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(going, ignore_errors=True)
 
 
-def _iterations(root: Path) -> list[int]:
+def iterations_in(root: Path) -> list[int]:
     """Number the checkpoints that there are, the newest first."""
     numbers = (path.name.removeprefix("iteration_") for path in root.glob("iteration_*"))
     return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
 
-def _folder(root: Path, iteration: int) -> Path:
+def checkpoint_folder(root: Path, iteration: int) -> Path:
+    """Where the checkpoint of an iteration is, if there is one."""
     return root / f"iteration_{iteration:06d}"
-
-
-def good_checkpoint(root: Path, *, mend: bool = True) -> tuple[Path | None, str]:
-    """Find the newest checkpoint of a run's ``checkpoints`` folder that is as it was written.
-
-    Every file is read and compared with its recorded checksum.
-
-    Args:
-        root: The folder.
-        mend: Point ``latest.json`` at what is found if it names something else.
-
-    Returns:
-        The checkpoint, ``None`` if the run has none yet; and why newer ones were passed over, if
-        any were.
-
-    Raises:
-        UserError: If there are checkpoints and none is good, or one is of an unknown format.
-    """
-    try:
-        named = latest_checkpoint(root)
-        damaged: list[str] = []
-    except DamagedError as error:
-        named, damaged = None, [_reason(error)]
-    for number in _iterations(root):
-        folder = _folder(root, number)
-        try:
-            verify(folder)
-            read_progress(folder)
-        except DamagedError as error:
-            damaged.append(_reason(error))
-            continue
-        if mend and folder != named:
-            with suppress(OSError):  # on a full disk: the next save says so
-                _point_at(folder)
-        return folder, "; ".join(damaged)
-    if damaged:
-        raise UserError(
-            f"{root} holds no checkpoint that can be used ({'; '.join(damaged)}): start a new run, "
-            f"or delete that folder to begin this one again"
-        )
-    return None, ""
-
-
-def _reason(error: DamagedError) -> str:
-    return str(error).removesuffix(f"; {ELSEWHERE}")
 
 
 def latest_checkpoint(root: Path) -> Path | None:
