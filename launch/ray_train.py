@@ -1,6 +1,7 @@
-"""One run on the GPUs of a Ray cluster: one process per GPU, wherever Ray finds them.
+r"""One run on the GPUs of a Ray cluster: one process per GPU, wherever Ray finds them.
 
-    python launch/ray_train.py --processes 16 -- paper-ppo --device cuda --output /shared/runs/7b
+    python launch/ray_train.py --processes 16 -- rl4vla --env VR-UnseenTable --device cuda \
+        --output /shared/runs/7b
 
 What follows the dashes goes to `roadvla train`; the output folder must be on a disk that all nodes
 see. Ray only starts the processes: they talk through torch.distributed. If one fails, all are

@@ -19,11 +19,14 @@ import pytest
 import torch
 
 from roadvla import cli
+from roadvla.evaluation import evaluate as evaluations
+from roadvla.evaluation import files as evaluation_files
 from roadvla.evaluation.files import film_path, read_evaluation, read_film, write_evaluation
 from roadvla.experiments.presets import PRESETS
 from roadvla.flags import form_of, parse, value_of
 from roadvla.policy import TinyVLA, save_policy
 from roadvla.policy.settings import OpenVLASettings
+from roadvla.train import warmup as warmups
 from roadvla.train.config import Experiment
 from roadvla.train.warmup import WarmUp
 
@@ -344,6 +347,49 @@ def test_a_signal_saves_and_says_how_to_go_on(
     assert process.returncode == code
     assert f"roadvla train --resume {run}" in stderr.splitlines()[-1]
     assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "command"),
+    [
+        (warmups, "_accumulate", 3, "warmup --init {policy} --episodes 2 --steps 4 --output {out}"),
+        (evaluations, "_run_batch", 2, "eval {policy} --env VR-UnseenTable --episodes 80 "
+         "--record 2 --output {out}"),
+        (evaluation_files, "_save_film", 1, "eval {policy} --env VR-UnseenTable --episodes 4 "
+         "--record 2 --output {out}"),
+    ],
+)  # fmt: skip
+def test_a_queue_s_signal_leaves_nothing_half_done(
+    policy: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    owner: object,
+    name: str,
+    call: int,
+    command: str,
+    number: signal.Signals,
+) -> None:
+    real, calls = getattr(owner, name), []
+
+    def signalled(*args: object, **options: object) -> object:
+        calls.append(0)
+        if len(calls) == call:
+            os.kill(os.getpid(), number)
+        return real(*args, **options)
+
+    out = tmp_path / "out"
+    told = [word.format(policy=policy, out=out) for word in command.split()]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, signalled)
+        assert cli.main(told) == 75
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("roadvla: stopped")
+    assert "the same command" in last
+    assert [path for path in out.rglob("*") if path.is_file()] == []
+    assert cli.main(told) == 0
+    assert [path for path in out.rglob("*") if path.name.startswith(".")] == []
 
 
 def _interrupted(command: list[str], reached: Callable[[], bool]) -> tuple[int, list[str]]:

@@ -24,6 +24,7 @@ from roadvla.experiments.asset_commands import assets, fetch_vulkan
 from roadvla.experiments.demonstration_commands import demos
 from roadvla.experiments.doctor import doctor
 from roadvla.flags import bound, form_of, parse, value_of
+from roadvla.train.interrupt import raise_queue_signals
 
 if TYPE_CHECKING:
     from roadvla.train.config import Experiment
@@ -401,7 +402,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        _dispatch(arguments)
+        with raise_queue_signals():
+            _dispatch(arguments)
         sys.stdout.flush()
     except WorkerError as error:
         print(f"roadvla: error: {error}", file=sys.stderr)  # with its traceback, as it is

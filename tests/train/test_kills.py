@@ -6,9 +6,11 @@ make test-slow ARGS=tests/train/test_kills.py
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probe_runs import rows, shown
+from probe_runs import rank_process, rows, shown
 from watched_cli import PHASES
+
+from roadvla.policy.openvla.tiny_checkpoint import write_tiny_checkpoint
 
 CLI = Path(__file__).with_name("watched_cli.py")
 SIZES = [
@@ -30,8 +34,10 @@ KINDS = {
     "ppo": [],
     "road": ["--algo", "road", "--reference-critic", "{critic}"],
     "mcts": ["--algo", "road", "--hints", "mcts"],
+    "openvla": ["--policy", "openvla", "--checkpoint", "{checkpoint}", "--dtype", "float32"],
 }
-KILLS = {"ppo": 25, "road": 30, "mcts": 25}
+KILLS = {"ppo": 25, "road": 30, "mcts": 25, "openvla": 8}
+RANK_KILLS = 8
 
 
 def start(sheet: Path, *arguments: object, kill: str | None = None) -> subprocess.Popen[str]:
@@ -143,19 +149,22 @@ def uninterrupted(folder: Path, begin: list[str]) -> dict[str, float]:
     return json.loads(Path(f"{sheet}.json").read_text())
 
 
-def command(start_from: Path, iterations: int, more: list[str]) -> list[str]:
+def command(start_from: Path | None, iterations: int, more: list[str]) -> list[str]:
     budget = ["--total-env-steps", str(iterations * STEPS)]
-    return ["train", "debug", "--init", str(start_from), *SIZES, *budget, *more]
+    init = [] if start_from is None else ["--init", str(start_from)]
+    return ["train", "debug", *init, *SIZES, *budget, *more]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kills_at_random_moments_leave_no_trace(start_from, tmp_path, kind, record_property):
-    critic = tmp_path / "critic"
-    more = [word.format(critic=critic) for word in KINDS[kind]]
+    critic, checkpoint = tmp_path / "critic", tmp_path / "checkpoint"
+    more = [word.format(critic=critic, checkpoint=checkpoint) for word in KINDS[kind]]
     if kind == "road":
         uninterrupted(critic, command(start_from, 2, []))
-    begin = command(start_from, 8, more)
+    if kind == "openvla":
+        write_tiny_checkpoint(checkpoint)
+    begin = command(None if kind == "openvla" else start_from, 8, more)
     took = uninterrupted(tmp_path / "whole", begin)
     hit: collections.Counter[str] = collections.Counter()
     campaign = 0
@@ -172,6 +181,54 @@ def test_kills_at_random_moments_leave_no_trace(start_from, tmp_path, kind, reco
     )
     record_property("kills", summary)
     print(summary)
+
+
+@pytest.mark.slow
+def test_killed_ranks_leave_no_trace(start_from, tmp_path, record_property):
+    """Of two processes one is killed, or both and who started them; then the run is resumed."""
+    begin = [sys.executable, "-m", "roadvla", *command(start_from, 8, ["--nproc", "2"])]
+    subprocess.run([*begin, "--output", tmp_path / "whole"], check=True, capture_output=True)
+    draw, killed = random.Random(0), {"one": 0, "all": 0}
+    run = tmp_path / "killed"
+    while sum(killed.values()) < RANK_KILLS:
+        shutil.rmtree(run, ignore_errors=True)
+        told = [*begin, "--output", str(run)]
+        for _ in range(60):
+            process = subprocess.Popen(told, stderr=subprocess.PIPE, start_new_session=True)
+            what = draw.choice(sorted(killed))
+            if _kill_ranks(process, run, what, draw):
+                killed[what] += 1
+            if process.returncode == 0:
+                break
+            if (run / "config.json").exists():
+                told = [*begin[:3], "train", "--resume", str(run), "--nproc", "2"]
+        assert_identical(run, tmp_path / "whole")
+    record_property("kills", f"ranks: {killed}")
+
+
+def _kill_ranks(
+    process: subprocess.Popen[bytes], run: Path, what: str, draw: random.Random
+) -> bool:
+    """Kill one of two processes or the whole group after a while, unless the run ends before."""
+    before = _saved(run)
+    while process.poll() is None and _saved(run) == before:
+        time.sleep(0.005)
+    time.sleep(draw.random() * 2.0)
+    alive = process.poll() is None
+    if alive and what == "all":
+        os.killpg(process.pid, signal.SIGKILL)
+    elif alive:
+        with contextlib.suppress(AssertionError, ProcessLookupError):
+            os.kill(rank_process(process.pid, rank=draw.randrange(2)), signal.SIGKILL)
+    _, told = process.communicate(timeout=300)
+    assert b"Traceback" not in told, told.decode()
+    assert not alive or process.returncode != 0 or what == "one"
+    return alive and process.returncode != 0
+
+
+def _saved(run: Path) -> int:
+    latest = run / "checkpoints" / "latest.json"
+    return latest.stat().st_mtime_ns if latest.exists() else 0
 
 
 def test_three_kills_leave_no_trace(tmp_path):

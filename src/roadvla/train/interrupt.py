@@ -106,4 +106,6 @@ def _raise(number: int, _: object) -> None:
 
 def _interrupt(number: int) -> KeyboardInterrupt:
     name = signal.Signals(number).name
-    return Preempted(f"stopped by {name}") if number in QUEUE_SIGNALS else KeyboardInterrupt()
+    if number not in QUEUE_SIGNALS:
+        return KeyboardInterrupt()
+    return Preempted(f"stopped by {name}; run the same command again")
