@@ -4,9 +4,47 @@ from __future__ import annotations
 
 import json
 import math
+import stat
+from pathlib import Path
 from typing import Any
 
+MAX_JSON = 64 << 20
+"""Bytes; the largest JSON file that a checkpoint of 7 billion parameters has is a tenth of it."""
+MAX_METRICS = 1 << 30
+"""Bytes; a run of a million iterations logs that much."""
+MAX_TENSORS = 16 << 30
+"""Bytes; of an adapter, a small policy or an optimiser, not of a base model, which is not read
+whole."""
 _LONGEST = 1 << 63
+
+
+def read_bytes(path: Path, *, limit: int) -> bytes:
+    """Read a file that must not be larger than what such files are.
+
+    Args:
+        path: The file.
+        limit: In bytes.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no plain file, or larger.
+    """
+    about = path.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is not a plain file")
+    if about.st_size > limit:
+        raise ValueError(f"it has {about.st_size:,} bytes, more than the {limit:,} it may have")
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file as ``parse_json`` does.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: As ``parse_json``; if it is no text, or larger than ``MAX_JSON``.
+    """
+    return parse_json(read_bytes(path, limit=MAX_JSON).decode())
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -50,7 +50,7 @@ def test_a_study_ends_in_records_and_a_page(finished):
     assert "Not finished: alpha" in text
     assert len(results.films) == 2
     (start,) = (r for r in results.records.values() if r.method == "warm-up")
-    assert {o.env for o in start.outcomes} == {"VR-UnseenTable", "ER-Repositioning"}
+    assert {o.env for o in start.outcomes} == {"VR-UnseenTable"}
 
 
 def test_what_is_finished_is_not_made_again(finished, capsys):

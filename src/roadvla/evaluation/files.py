@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,8 +19,13 @@ import torch
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, Film
 from roadvla.evaluation.failures import EVENTS, check_modes
-from roadvla.files import parse_json
+from roadvla.files import read_json
 
+_MAX_FILM = 2 << 30
+_NO_FILM = (
+    *(OSError, KeyError, ValueError, TypeError, EOFError, MemoryError, NotImplementedError),
+    *(zipfile.BadZipFile, zlib.error, SyntaxError, struct.error),
+)
 _AGAIN = "run `roadvla eval` again to replace it"
 _DERIVED = ("success_rate", "success_low", "success_high", "success_once_rate", "grasp_rate")
 _OUTCOMES = ("success", "success_once", "grasped")
@@ -99,7 +106,7 @@ def read_evaluation(path: Path) -> Evaluation:
         UserError: If the file is missing, damaged or inconsistent.
     """
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:
@@ -168,6 +175,7 @@ def read_film(path: Path) -> Film:
         UserError: If the file is missing or damaged.
     """
     try:
+        _check_film_size(path)
         with np.load(path, allow_pickle=False) as data:
             film = Film(
                 frames=torch.from_numpy(data["frames"]),
@@ -182,9 +190,17 @@ def read_film(path: Path) -> Film:
             raise ValueError("its arrays do not fit together")
     except FileNotFoundError as error:
         raise UserError(f"cannot read {path}: it does not exist") from error
-    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except _NO_FILM as error:
         raise UserError(f"{path} is not a film ({error}); {_AGAIN}") from error
     return film
+
+
+def _check_film_size(path: Path) -> None:
+    """Refuse what would fill the memory: an archive says beforehand how large its arrays are."""
+    with zipfile.ZipFile(path) as archive:
+        size = sum(member.file_size for member in archive.infolist())
+    if size > _MAX_FILM:
+        raise ValueError(f"it unpacks to {size:,} bytes, more than the {_MAX_FILM:,} it may have")
 
 
 _MISSING = object()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import read_json
 
 FORMAT = 1
 AGAIN = "delete it and run the study again: only what is missing is made anew"
@@ -45,7 +45,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         UserError: If the file is missing, damaged, changed by hand, or of another format.
     """
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -25,7 +25,7 @@ from roadvla.evaluation.records import (
 )
 from roadvla.experiments.grid import Cell, Grid
 from roadvla.experiments.stages import attribute, ensure_run, ensure_warm_up, trained
-from roadvla.files import parse_json
+from roadvla.files import read_json
 from roadvla.policy.base import Policy
 from roadvla.train.config import Experiment
 from roadvla.train.metrics import read_metrics
@@ -206,7 +206,7 @@ def _record(
     experiment = cell.experiment
     about: dict[str, Any] = {}
     with suppress(OSError, ValueError):
-        about = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+        about = read_json(folder / CONFIG)
     device = (experiment or grid.base).device
     settings = grid.warm_up if experiment is None else experiment
     checkpoint = folder / "checkpoints" / f"iteration_{cell.curve[-1]:06d}" if cell.curve else None

@@ -186,7 +186,7 @@ def _vulkan_folders() -> tuple[Path, ...]:
 
 def _manifest_fault(path: Path, fault: Fault) -> str:
     try:
-        library = str(json.loads(path.read_text(encoding="utf-8"))["ICD"]["library_path"])
+        library = str(read_json(path)["ICD"]["library_path"])
     except OSError as error:
         return f"{path}: {error.strerror}"
     except (ValueError, KeyError, TypeError):

@@ -17,7 +17,7 @@ from roadvla.evaluation.results import StudyRecord
 from roadvla.experiments.budgets import Budget, warm_up_of
 from roadvla.experiments.methods import CRITIC_SHARES, PPO, Method
 from roadvla.experiments.paper_studies import Study
-from roadvla.files import parse_json
+from roadvla.files import read_json
 from roadvla.policy import BACKBONE_FOLDER
 from roadvla.train.config import Experiment
 from roadvla.train.serialize import decisive
@@ -304,7 +304,7 @@ def _digest(data: object) -> str:
 def _backbone_digest() -> str:
     path = Path(str(BACKBONE_FOLDER)) / "policy.json"
     try:
-        return str(parse_json(path.read_text(encoding="utf-8"))["sha256"])
+        return str(read_json(path)["sha256"])
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"the shipped backbone at {path} is damaged: install roadvla again"

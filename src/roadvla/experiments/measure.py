@@ -25,7 +25,7 @@ from roadvla.evaluation.files import (
 from roadvla.evaluation.machine import usable_device
 from roadvla.experiments.serving import connect
 from roadvla.experiments.stages import attribute, trained
-from roadvla.files import parse_json
+from roadvla.files import read_json
 from roadvla.policy import Policy, load_policy, policy_kind
 from roadvla.policy.settings import OpenVLASettings, Precision, Preprocess
 from roadvla.policy.weights import KINDS
@@ -315,7 +315,7 @@ def _refuse_others(folder: Path, about_it: dict[str, Any], *, force: bool) -> No
 
 def _is_of(folder: Path, about_it: dict[str, Any]) -> bool:
     try:
-        recorded = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+        recorded = read_json(folder / CONFIG)
         return all(recorded.get(name) == value for name, value in about_it.items())
     except (OSError, ValueError, AttributeError):
         return False

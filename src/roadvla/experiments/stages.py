@@ -12,7 +12,7 @@ from roadvla.envs.suite import SETTINGS
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
 from roadvla.evaluation.files import count_filmed, find_evaluation, write_evaluation
-from roadvla.files import parse_json
+from roadvla.files import read_json
 from roadvla.policy import load_policy
 from roadvla.train.checkpoint import policy_folder, read_progress
 from roadvla.train.config import EvaluationConfig, Experiment
@@ -151,7 +151,7 @@ def _check_warm_up(folder: Path, settings: WarmUp) -> None:
     """Refuse a warm-up whose recorded settings are others; only its folder may have moved."""
     mend = "choose another --output or delete it"
     try:
-        recorded = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+        recorded = read_json(folder / CONFIG)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{folder} holds a policy, but {CONFIG}, which says how it was made, is missing or "

@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import MAX_JSON, MAX_TENSORS, parse_json, read_bytes
 from roadvla.policy.action_tokens import NUM_TOKENS, NormStats
 from roadvla.policy.base import Policy
 from roadvla.policy.tiny import TinyArchitecture, TinyVLA
@@ -141,9 +141,9 @@ def _write(path: Path, data: bytes) -> None:
         raise
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit: int) -> bytes:
     try:
-        return path.read_bytes()
+        return read_bytes(path, limit=limit)
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: the folder holds no complete policy; "
@@ -153,11 +153,13 @@ def _read_bytes(path: Path) -> bytes:
         raise UserError(
             f"{path} cannot be read ({error.strerror}): check it and try again"
         ) from error
+    except ValueError as error:
+        raise UserError(f"{path} is no part of a policy: {error}") from error
 
 
 def _read_description(path: Path) -> dict[str, Any]:
     try:
-        description = parse_json(_read_bytes(path))
+        description = parse_json(_read_bytes(path, MAX_JSON))
     except ValueError as error:
         raise UserError(
             f"{path} is not JSON ({error}): take another checkpoint or copy it again"
@@ -210,7 +212,7 @@ def _read_architecture(description: dict[str, Any], folder: Path) -> TinyArchite
 
 
 def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
-    data = _read_bytes(path)
+    data = _read_bytes(path, MAX_TENSORS)
     try:
         state = load(data)
     except SafetensorError as error:

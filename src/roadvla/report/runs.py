@@ -15,7 +15,7 @@ import numpy as np
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation
 from roadvla.evaluation.files import film_path, read_evaluation
-from roadvla.files import parse_json
+from roadvla.files import MAX_METRICS, parse_json, read_bytes, read_json
 
 _SKIPPED_FOLDERS = {"checkpoints", "tensorboard", "evaluation"}
 _SEED_SUFFIX = re.compile(r"[-_ /]+(?:seed|s)[-_ =]?\d+$")
@@ -107,8 +107,8 @@ def read_metrics(path: Path) -> tuple[dict[str, Any], ...]:
         UserError: If another line is damaged, lacks its counters or does not follow in order.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_bytes(path, limit=MAX_METRICS).decode()
+    except (OSError, ValueError) as error:
         raise UserError(f"cannot read {path}: {error}") from error
     rows: list[dict[str, Any]] = []
     lines = text.splitlines()
@@ -146,7 +146,7 @@ def _find(path: Path) -> Iterator[Path]:
 def _read_run(folder: Path) -> Run:
     path = folder / "config.json"
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
     except ValueError as error:

@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import MAX_TENSORS, read_bytes, read_json
 from roadvla.policy.base import Policy
 from roadvla.train.manifest import (
     ELSEWHERE,
@@ -213,7 +213,7 @@ def policy_folder(path: Path) -> Path:
 def is_base(folder: Path) -> bool:
     """Whether a folder holds a pretrained model in HF format, not something this program made."""
     try:
-        config = parse_json((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and "model_type" in config
@@ -247,15 +247,16 @@ def restore_optimizer(
         UserError: If the file is missing, damaged, or does not fit the policy.
     """
     path = folder / OPTIMIZER
-    recorded = read_files(folder).get(OPTIMIZER, {}).get("sha256")
+    about = read_files(folder).get(OPTIMIZER, {})
+    recorded = about.get("sha256")
     try:
-        data = path.read_bytes()
+        data = read_bytes(path, limit=about.get("size", MAX_TENSORS))
         if hashlib.sha256(data).hexdigest() != recorded:
             raise DamagedError(
                 f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}"
             )
         tensors = load(data)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise DamagedError(f"{path} is missing or damaged ({error}); {ELSEWHERE}") from error
     if _GENERATOR not in tensors:
         raise UserError(f"{path} does not hold the random generator's state; {ELSEWHERE}")

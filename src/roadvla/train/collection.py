@@ -25,7 +25,7 @@ import tyro
 from roadvla.envs import ManiSkillSettings
 from roadvla.envs.base import VectorEnv
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import read_json
 from roadvla.train.checks import check_choices, check_simulator
 from roadvla.train.demonstrations import COLLECTION
 from roadvla.train.run_folder import write_json
@@ -189,7 +189,7 @@ def read_record(folder: Path) -> Record | None:
     if not path.exists():
         return None
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = read_json(path)
         found = data["format"]
         if found != FORMAT:
             raise UserError(

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import parse_json, read_json
 from roadvla.policy.base import Policy
 from roadvla.train.run_folder import DEMONSTRATIONS
 from roadvla.types import Batch, Observation
@@ -182,7 +182,7 @@ def _check_finished(folder: Path) -> None:
     """Refuse a collection that was interrupted; parts from elsewhere come without a record."""
     path = folder / COLLECTION
     try:
-        finished = parse_json(path.read_text(encoding="utf-8"))["finished"]
+        finished = read_json(path)["finished"]
     except FileNotFoundError:
         return
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import read_json
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -115,7 +115,7 @@ def read_object(path: Path) -> dict[str, Any]:
         DamagedError: If there is none.
     """
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise DamagedError(f"{path} is missing or damaged ({error}); {ELSEWHERE}") from error
     if not isinstance(data, dict):

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation
-from roadvla.files import parse_json
+from roadvla.files import MAX_METRICS, parse_json, read_bytes
 from roadvla.train.board import Board
 from roadvla.train.manifest import sync_folder
 
@@ -166,7 +166,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / FILE
     if not path.exists():
         return []
-    lines = path.read_bytes().splitlines()
+    try:
+        lines = read_bytes(path, limit=MAX_METRICS).splitlines()
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines, start=1):
         try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import describe_machine
-from roadvla.files import parse_json
+from roadvla.files import read_json
 from roadvla.train.checkpoint import is_base, policy_folder
 from roadvla.train.config import Experiment
 from roadvla.train.notes import NOTES
@@ -162,7 +162,7 @@ def load_experiment(folder: Path) -> Experiment:
     """
     path = folder / CONFIG
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except FileNotFoundError as error:
         raise UserError(f"{folder} holds no run ({CONFIG} is missing): check the path") from error
     except (OSError, ValueError) as error:
@@ -216,7 +216,7 @@ def check_critic_trained(source: Path) -> None:
 
 def _recorded_algo(run: Path) -> str | None:
     try:
-        return str(parse_json((run / CONFIG).read_text(encoding="utf-8"))["algorithm"]["algo"])
+        return str(read_json(run / CONFIG)["algorithm"]["algo"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import stat
+import struct
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +17,13 @@ from roadvla.envs.maniskill.catalog import Asset, Collection, check_relative
 from roadvla.envs.maniskill.download import PARTIAL, DownloadError
 from roadvla.envs.maniskill.inspection import UNUSABLE, State, inspect
 from roadvla.errors import UserError
+
+_BROKEN = (
+    *(zipfile.BadZipFile, zlib.error, EOFError, UserError, struct.error),
+    *(RuntimeError, ValueError),  # encrypted, packed in unknown ways, names that are no text
+)
+_LARGEST = 1 << 30
+"""Bytes of one file; meshes and pictures have a hundredth of it."""
 
 
 def archive_fault(collection: Collection, file: Path) -> str:
@@ -46,8 +56,12 @@ def unpack(file: Path, collection: Collection, root: Path) -> None:
                 asset = needed.pop(path, None)
                 if _wanted(asset, root / path, verified=collection.archive_sha256 is not None):
                     _extract(archive, member, asset, root / path)
-    except (zipfile.BadZipFile, NotImplementedError, UserError) as error:
+    except _BROKEN as error:
         raise DownloadError(f"bad archive: {error}") from error
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a position before the beginning: damage; else the disk
+            raise
+        raise DownloadError(f"bad archive: {error.strerror}") from error
     if needed:
         raise DownloadError(f"the archive lacks {', '.join(sorted(needed))}")
 
@@ -67,6 +81,8 @@ def _members(
             continue
         if stat.S_ISLNK(info.external_attr >> 16):
             raise UserError(f"{info.filename!r} is a link: refused")
+        if info.file_size > _LARGEST:
+            raise UserError(f"{info.filename!r} unpacks to {info.file_size:,} bytes: refused")
         path = check_relative(info.filename.removeprefix(top))
         yield info, f"{collection.folder}/{path}"
 

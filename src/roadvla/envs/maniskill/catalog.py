@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -10,6 +9,7 @@ from typing import Any, Literal
 
 from roadvla.envs.maniskill.assets import AssetFolders
 from roadvla.errors import UserError
+from roadvla.files import read_json
 
 Root = Literal["maniskill", "rl4vla"]
 """Which of the two asset folders: ManiSkill's data, or RL4VLA's models and pictures."""
@@ -110,7 +110,7 @@ def root_of(root: Root, folders: AssetFolders) -> Path:
 @cache
 def read_catalog(file: Path = _FILE) -> Catalog:
     """Read the catalogue that the package ships."""
-    data = json.loads(file.read_text(encoding="utf-8"))
+    data = read_json(file)
     return Catalog(
         mirrors=data["mirrors"], collections=tuple(_collection(row) for row in data["collections"])
     )

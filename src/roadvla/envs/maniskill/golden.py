@@ -6,7 +6,6 @@ overlay cases of RL4VLA's own environments. A README in such a folder says what 
 
 from __future__ import annotations
 
-import json
 import tokenize
 import zipfile
 import zlib
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from roadvla.errors import UserError
+from roadvla.files import read_json
 
 _DAMAGE = (
     ValueError,
@@ -117,7 +117,7 @@ def read_recording(folder: Path) -> Recording:
     """
     folder = Path(folder)
     try:
-        facts = json.loads((folder / "episodes.json").read_text(encoding="utf-8"))
+        facts = read_json(folder / "episodes.json")
         with np.load(folder / "arrays.npz", allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
         if not isinstance(facts, dict):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roadvla.errors import UserError
+from roadvla.files import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +142,7 @@ def read_boxes(database: Path, models: tuple[Model, ...]) -> Float[Tensor, "M 2 
         UserError: If the file cannot be read or describes other models.
     """
     try:
-        entries: dict[str, Any] = json.loads(database.read_text())
+        entries: dict[str, Any] = read_json(database)
         found = [(folder, row["name"], row["density"]) for folder, row in entries.items()]
         corners = [[row["bbox"]["min"], row["bbox"]["max"]] for row in entries.values()]
         boxes = torch.tensor(corners, dtype=torch.float32).view(-1, 2, 3)

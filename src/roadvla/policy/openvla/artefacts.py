@@ -22,7 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.policy.openvla.storage import damaged, read_json, to_json, write_whole
+from roadvla.files import MAX_TENSORS, read_bytes
+from roadvla.policy.openvla.storage import damaged, read_object, to_json, write_whole
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -174,7 +175,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_NAME
     if not path.is_file():
         raise UserError(f"no adapter at {folder}: expected a folder holding {CONFIG_NAME}")
-    config = read_json(path)
+    config = read_object(path)
     if config.get("peft_type") != "LORA":
         raise UserError(
             f"{path} has peft_type {config.get('peft_type')!r}, only 'LORA' is supported: {_MERGED}"
@@ -251,8 +252,8 @@ def _pair(
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load(path.read_bytes())
-    except (OSError, SafetensorError) as error:
+        return load(read_bytes(path, limit=MAX_TENSORS))
+    except (OSError, ValueError, SafetensorError) as error:
         raise damaged(path, error) from error
 
 
@@ -285,7 +286,7 @@ def read_statistics(folder: Path) -> dict[str, Any] | None:
     path = folder / STATISTICS_NAME
     if not path.is_file():
         return None
-    statistics = read_json(path)
+    statistics = read_object(path)
     for key, entry in statistics.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("action"), dict):
             raise UserError(f"{path}: {key!r} has no action statistics: copy the file again")

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from roadvla.errors import UserError
 from roadvla.policy.openvla.architecture import is_dead, read_architecture
-from roadvla.policy.openvla.storage import Stored, damaged, first_line, read_header, read_json
+from roadvla.policy.openvla.storage import Stored, damaged, first_line, read_header, read_object
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r"[\w.-]{1,200}\.safetensors")
 _PATTERNS = ["*.json", "*.safetensors", "tokenizer.model"]
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _VALUE_HEAD = "value_head."
@@ -186,10 +187,14 @@ def _check_device(device: torch.device | str) -> None:
 
 
 def _locate(source: str | Path) -> Path:
-    folder = Path(source).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(source).expanduser()
+        is_folder, exists = folder.is_dir(), folder.exists()
+    except (OSError, RuntimeError) as error:  # a name that is too long, a user that is unknown
+        raise UserError(f"no checkpoint at {str(source)[:200]}: {error}"[:400]) from error
+    if is_folder:
         return folder
-    if folder.exists():
+    if exists:
         raise UserError(f"{source} is a file: pass the folder of an HF-format OpenVLA checkpoint")
     if isinstance(source, Path) or not _HUB_ID.fullmatch(source):
         raise UserError(
@@ -234,7 +239,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if (folder / "adapter_config.json").is_file():
             hint = "it holds an adapter, so pass the checkpoint that the adapter belongs to"
         raise UserError(f"{folder} has no {CONFIG_NAME}: {hint}")
-    config = read_json(path)
+    config = read_object(path)
     kind = config.get("model_type")
     if kind != "openvla":
         raise UserError(
@@ -248,11 +253,11 @@ def _read_index(folder: Path) -> dict[str, str]:
     path = folder / INDEX_NAME
     if (folder / WEIGHTS_NAME).is_file() or not path.is_file():
         return {}
-    placed = read_json(path).get("weight_map")
+    placed = read_object(path).get("weight_map")
     if not isinstance(placed, dict) or not placed:
         raise UserError(f"{path} has no weight_map: copy it again")
-    for file in set(placed.values()):
-        if not isinstance(file, str) or Path(file).name != file:
+    for file in placed.values():
+        if not isinstance(file, str) or _SHARD.fullmatch(file) is None:
             raise UserError(f"{path} names the shard {file!r}: a file beside it is expected")
     return placed
 

@@ -39,7 +39,7 @@ from roadvla.policy.openvla.storage import (
     byte_size,
     first_line,
     read_header,
-    read_json,
+    read_object,
     read_tensor,
     to_json,
     write_safetensors,
@@ -278,7 +278,7 @@ def _write_rest(job: _Merge, folder: Path) -> None:
         config = _with_dtype(config, str(job.dtype).removeprefix("torch."))
     write_whole(folder / CONFIG_NAME, to_json(config))
     for path in (*sorted(folder.glob("*_config.json")), folder / CONFIG_NAME):
-        data = read_json(path)
+        data = read_object(path)
         if isinstance(data.get("auto_map"), dict):
             write_whole(path, to_json(_with_code(data, job.base)))
 

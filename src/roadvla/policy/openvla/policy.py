@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import read_json
 from roadvla.policy.openvla.adapted import OpenVLAPolicy, ReferenceCritic
 from roadvla.policy.openvla.adapters import LM_HEAD
 from roadvla.policy.openvla.artefacts import Adapter, read_adapter, write_adapter
@@ -178,7 +179,7 @@ def base_of(
     base = checkpoint or (description or {}).get("checkpoint") or adapter.base
     if base is None:
         raise UserError(f"{folder} does not name the checkpoint it adapts: pass --checkpoint")
-    if checkpoint is None and Path(base).is_absolute() and not Path(base).exists():
+    if checkpoint is None and Path(base).is_absolute() and not os.path.exists(base):
         raise UserError(
             f"{folder} adapts the checkpoint {base}, which is not here: say where it is with "
             f"--checkpoint (to train: --checkpoint BASE --init {folder})"
@@ -196,9 +197,11 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        description = parse_json(path.read_text(encoding="utf-8"))
+        description = read_json(path)
         kind, form = description["kind"], description["format"]
         hashes = dict(description["sha256"]) if kind == "openvla" else {}
+        if not isinstance(description.get("checkpoint"), str | None):
+            raise TypeError(f"checkpoint is {description['checkpoint']!r}, expected a name")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}): take another checkpoint") from error
     if (kind, form) != ("openvla", FORMAT):

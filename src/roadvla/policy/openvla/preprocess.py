@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import read_json
 
 PREPROCESSOR_NAME = "preprocessor_config.json"
 STRATEGY = "resize-naive"
@@ -191,7 +191,7 @@ def _check_images(images: Tensor) -> None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        config = parse_json(path.read_text(encoding="utf-8"))
+        config = read_json(path)
     except FileNotFoundError as error:
         raise UserError(
             f"{path} is missing: the model's pixel statistics are unknown; {_FIX}"

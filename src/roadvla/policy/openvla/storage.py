@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json
+from roadvla.files import parse_json, read_json
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -140,14 +140,14 @@ def byte_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
     Raises:
         UserError: If the file is unreadable or holds something else.
     """
     try:
-        data = parse_json(path.read_text(encoding="utf-8"))
+        data = read_json(path)
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is not readable JSON ({error}): copy it again") from error
     if not isinstance(data, dict):
