@@ -204,6 +204,7 @@ def test_killed_ranks_leave_no_trace(start_from, tmp_path, record_property):
                 told = [*begin[:3], "train", "--resume", str(run), "--nproc", "2"]
         assert_identical(run, tmp_path / "whole")
     record_property("kills", f"ranks: {killed}")
+    print(f"two processes: {killed}")
 
 
 def _kill_ranks(
