@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
 from probes import PARTS, probe_experiment, prompt_batch
-from roadvla.errors import UserError
+from roadvla.errors import UserError, WorkerError
 from roadvla.evaluation.files import read_evaluation
 from roadvla.policy import load_backbone, load_policy, save_policy
 from roadvla.train.checkpoint import Progress, restore_optimizer, save_checkpoint
 from roadvla.train.config import Algorithm, EvaluationConfig, Optimizer, RolloutConfig
+from roadvla.train.divergence import check_alike
 from roadvla.train.gradients import Gradients
 from roadvla.train.metrics import read_metrics
 from roadvla.train.share import Share
@@ -206,6 +207,35 @@ def test_a_resumed_optimizer_goes_on_where_parameters_are_laid_out_otherwise(
     update(resumed, other, batch, Algorithm(), Optimizer(), temperature=1.0, generator=restored)
     pairs = zip(policy.parameters(), resumed.parameters(), strict=True)
     assert all(torch.equal(mine, theirs) for mine, theirs in pairs)
+
+
+# Processes that do not agree.
+
+
+def _meet(folder: Path, rank: int) -> World:
+    torch.set_num_threads(1)
+    meeting = f"file://{folder / 'meeting'}"
+    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
+    return World.current()
+
+
+def _compare_weights(rank: int, folder: Path) -> None:
+    world, weight = _meet(folder, rank), torch.nn.Parameter(torch.ones(5))
+    optimizer = torch.optim.AdamW([weight])
+    check_alike(optimizer, world, 3, "")
+    with torch.no_grad():
+        weight[2] += rank * torch.finfo(torch.float32).eps
+    with pytest.raises(WorkerError, match=r"the 2 processes are no longer.*iteration 4: .*kept it"):
+        check_alike(optimizer, world, 4, "kept it")
+    assert world.agree(7)
+    assert not world.agree(rank)
+    (folder / f"told-{rank}").touch()
+    distributed.destroy_process_group()
+
+
+def test_weights_that_drift_apart_in_one_bit_are_noticed_by_all(tmp_path: Path) -> None:
+    multiprocessing.spawn(_compare_weights, (tmp_path,), nprocs=2)
+    assert len(list(tmp_path.glob("told-*"))) == 2
 
 
 # The real thing, as people start it.
