@@ -103,8 +103,8 @@ def save_checkpoint(
     Raises:
         UserError: If the disk is full or the folder cannot be written.
     """
-    name = f"iteration_{progress.iteration:06d}"
-    temporary, final = root / f".{name}.partial", root / name
+    final = checkpoint_folder(root, progress.iteration)
+    temporary = root / f".{final.name}.partial"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -145,7 +145,7 @@ def _retire(root: Path, iteration: int, *, keep_all: bool, kept: Collection[int]
     # A later one is of work that was lost: the run fell back behind it, for it was damaged.
     for number in _iterations(root):
         if number not in spared:
-            _discard(_folder(root, number))
+            _discard(checkpoint_folder(root, number))
     for abandoned in root.glob(".iteration_*.partial"):
         shutil.rmtree(abandoned, ignore_errors=True)
 
@@ -165,18 +165,18 @@ def _iterations(root: Path) -> list[int]:
     return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)
 
 
-def _folder(root: Path, iteration: int) -> Path:
+def checkpoint_folder(root: Path, iteration: int) -> Path:
+    """Name the checkpoint of an iteration in a run's ``checkpoints`` folder."""
     return root / f"iteration_{iteration:06d}"
 
 
-def good_checkpoint(root: Path, *, mend: bool = True) -> tuple[Path | None, str]:
+def good_checkpoint(root: Path) -> tuple[Path | None, str]:
     """Find the newest checkpoint of a run's ``checkpoints`` folder that is as it was written.
 
     Every file is read and compared with its recorded checksum.
 
     Args:
-        root: The folder.
-        mend: Point ``latest.json`` at what is found if it names something else.
+        root: The folder. Its ``latest.json`` is mended if it names something else.
 
     Returns:
         The checkpoint, ``None`` if the run has none yet; and why newer ones were passed over, if
@@ -191,14 +191,14 @@ def good_checkpoint(root: Path, *, mend: bool = True) -> tuple[Path | None, str]
     except DamagedError as error:
         named, damaged = None, [_reason(error)]
     for number in _iterations(root):
-        folder = _folder(root, number)
+        folder = checkpoint_folder(root, number)
         try:
             verify(folder)
             read_progress(folder)
         except DamagedError as error:
             damaged.append(_reason(error))
             continue
-        if mend and folder != named:
+        if folder != named:
             with suppress(OSError):  # on a full disk: the next save says so
                 _point_at(folder)
         return folder, "; ".join(damaged)

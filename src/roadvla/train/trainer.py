@@ -18,7 +18,6 @@ from roadvla.evaluation.files import evaluation_path, read_evaluation, write_eva
 from roadvla.evaluation.machine import usable_device
 from roadvla.train.checkpoint import (
     Progress,
-    good_checkpoint,
     latest_checkpoint,
     read_progress,
     restore_memory,
@@ -28,7 +27,12 @@ from roadvla.train.checkpoint import (
 from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
 from roadvla.train.distributed import joined
-from roadvla.train.divergence import TrainingDivergedError, check_alike, refuse_divergence
+from roadvla.train.divergence import (
+    TrainingDivergedError,
+    check_alike,
+    check_same_settings,
+    refuse_divergence,
+)
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
 from roadvla.train.interrupt import (
@@ -49,6 +53,7 @@ from roadvla.train.metrics import (
 from roadvla.train.notes import add_note
 from roadvla.train.parts import Parts, load_policies, make_envs, parts_of
 from roadvla.train.progress import Display
+from roadvla.train.resume import agreed_checkpoint
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
 from roadvla.train.run_folder import (
     check_claimable,
@@ -97,14 +102,13 @@ def train(
         with raise_queue_signals(), ExitStack() as held:
             experiment.check_complete()
             world = held.enter_context(joined(experiment.device))
+            resume = begun = bool(world.follow(int(resume)))
+            check_same_settings(experiment, world)
             checkpoint, passed_over = None, ""
             if resume:
-                run = check_resumable(experiment)
                 if world.is_first:
-                    held.enter_context(locked(run))
-                checkpoint, passed_over = good_checkpoint(
-                    folder / "checkpoints", mend=world.is_first
-                )
+                    held.enter_context(locked(check_resumable(experiment)))
+                checkpoint, passed_over = agreed_checkpoint(folder / "checkpoints", world)
             elif world.is_first:
                 check_free(folder)
                 check_claimable(folder, force=force, sources=sources_of(experiment))
@@ -344,7 +348,7 @@ class Trainer:
         Raises:
             WorkerError: If the processes' weights are not the same.
         """
-        check_alike(self.optimizer, self.world, self.progress.iteration, self._kept())
+        check_alike(self.optimizer, self.world, self.progress.iteration, self._kept)
         if not self.world.is_first:
             return
         save_checkpoint(
