@@ -138,8 +138,8 @@ def _train(
 ) -> None:
     """Train, here or in processes that are started with the same arguments."""
     from roadvla.train.distributed import is_launched, launch, speaks, was_restarted
+    from roadvla.train.loop import train as run
     from roadvla.train.run_folder import CONFIG, load_experiment
-    from roadvla.train.trainer import train as run
 
     if processes != _Processes() and not is_launched():
         restarts = processes.max_restarts

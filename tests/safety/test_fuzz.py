@@ -23,9 +23,9 @@ from roadvla.policy import BACKBONE_FOLDER, load_policy
 from roadvla.train.checkpoint import policy_folder, read_progress, restore_optimizer
 from roadvla.train.config import Optimizer
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
 from roadvla.train.run_folder import load_experiment
-from roadvla.train.trainer import train
 from roadvla.train.update import make_optimizer
 
 RESULTS = Path(__file__).parents[2] / "results/tabletop"

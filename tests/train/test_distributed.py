@@ -25,9 +25,9 @@ from roadvla.train.checkpoint import Progress, restore_optimizer, save_checkpoin
 from roadvla.train.config import Algorithm, EvaluationConfig, Optimizer, RolloutConfig
 from roadvla.train.divergence import check_alike
 from roadvla.train.gradients import Gradients
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
 from roadvla.train.share import Share
-from roadvla.train.trainer import train
 from roadvla.train.update import make_optimizer, update
 from roadvla.world import World
 

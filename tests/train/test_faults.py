@@ -11,9 +11,10 @@ import torch
 
 from probes import PARTS, ColourEnv, TablePolicy, probe_experiment
 from roadvla.train.config import Optimizer
+from roadvla.train.divergence import TrainingDivergedError
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
 from roadvla.train.rollout import collect, training_episode_ids
-from roadvla.train.trainer import TrainingDivergedError, train
 
 OPTIMIZER = Optimizer(learning_rate=0.1, value_learning_rate=0.05, minibatch=32)
 

@@ -16,8 +16,8 @@ from torch import distributed, multiprocessing
 from probes import PARTS, probe_experiment
 from roadvla.errors import UserError, WorkerError
 from roadvla.train import resume
+from roadvla.train.loop import train
 from roadvla.train.resume import agreed_checkpoint
-from roadvla.train.trainer import train
 from roadvla.world import World
 
 

@@ -19,6 +19,7 @@ from probe_runs import assert_same_run, rows, run, shown
 from probes import ColourEnv, probe_experiment
 from roadvla import cli
 from roadvla.errors import UserError
+from roadvla.train import loop
 from roadvla.train import trainer as trainers
 from roadvla.train.checkpoint import latest_checkpoint
 from roadvla.train.interrupt import Interrupted, Preempted
@@ -123,7 +124,7 @@ def test_of_two_that_begin_at_once_the_second_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     with _held_by_another(folder):
-        monkeypatch.setattr(trainers, "check_free", lambda _: None)  # it passed before the other
+        monkeypatch.setattr(loop, "check_free", lambda _: None)  # it passed before the other
         with pytest.raises(UserError, match="in use"):
             run(folder)
         assert [path.name for path in folder.iterdir()] == [LOCK]
@@ -145,8 +146,12 @@ def test_the_lock_is_held_from_the_first_write_to_the_last(tmp_path, monkeypatch
 
         monkeypatch.setattr(owner, name, call)
 
-    for name in ("create_run_folder", "save_checkpoint", "write_evaluation"):
-        watched(trainers, name)
+    for owner, name in (
+        (loop, "create_run_folder"),
+        (trainers, "save_checkpoint"),
+        (loop, "write_evaluation"),
+    ):
+        watched(owner, name)
     run(folder)
     assert set(seen) == {"create_run_folder", "save_checkpoint", "write_evaluation"}
     check_free(folder)
@@ -209,7 +214,7 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path, monkeypatch, re
             path.chmod(0o755)
     folder.chmod(0o555)
     work = []
-    monkeypatch.setattr(trainers, "Trainer", lambda *_: work.append(0))
+    monkeypatch.setattr(loop, "Trainer", lambda *_: work.append(0))
     with _without_privileges(), pytest.raises(UserError, match=r"^cannot write .*--output$"):
         run(folder, resume=resume)
     folder.chmod(0o755)
@@ -303,7 +308,7 @@ def test_the_final_evaluation_is_shown_once_however_often_it_was_made(
 
     for resume in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(trainers, "write_evaluation", crash)
+            patch.setattr(loop, "write_evaluation", crash)
             with pytest.raises(ZeroDivisionError):
                 run(tmp_path / "run", resume=resume)
     run(tmp_path / "run", resume=True)

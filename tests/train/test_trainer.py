@@ -20,10 +20,11 @@ from roadvla.train import checkpoint as checkpoints
 from roadvla.train import trainer as trainers
 from roadvla.train.config import Algorithm, EvaluationConfig, Optimizer, RolloutConfig
 from roadvla.train.demonstrations import Demonstrations, save_demonstrations
+from roadvla.train.divergence import TrainingDivergedError
 from roadvla.train.interrupt import Interrupted
+from roadvla.train.loop import train
 from roadvla.train.metrics import MetricsWriter, read_metrics
 from roadvla.train.run_folder import load_experiment
-from roadvla.train.trainer import TrainingDivergedError, train
 
 
 def test_the_run_folder_holds_what_it_should(finished):
@@ -60,7 +61,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from probes import PARTS, probe_experiment
-from roadvla.train import trainer
+from roadvla.train import loop, trainer
 real, calls = trainer.update, []
 def update(*args, **options):
     calls.append(0)
@@ -69,7 +70,7 @@ def update(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return metrics
 trainer.update = update
-trainer.train(probe_experiment({output!r}), parts=PARTS)
+loop.train(probe_experiment({output!r}), parts=PARTS)
 """
 
 

@@ -10,11 +10,11 @@ import torch
 
 from probes import PARTS, ColourEnv, TablePolicy, load_table, probe_experiment, save_table
 from roadvla.errors import UserError
-from roadvla.train import trainer as trainers
 from roadvla.train import warmup as warmups
 from roadvla.train.checkpoint import policy_folder
 from roadvla.train.demonstrations import load_demonstrations
-from roadvla.train.trainer import train
+from roadvla.train.divergence import TrainingDivergedError
+from roadvla.train.loop import train
 from roadvla.train.warmup import WarmUp, collect_demonstrations, run_warm_up, warm_up
 
 SETTINGS = WarmUp(env="probe", episodes=10, steps=60, batch=32, learning_rate=0.05, levels=8)
@@ -175,7 +175,7 @@ def test_no_pass_is_larger_than_the_minibatch(monkeypatch):
 
 
 def test_a_warm_up_that_explodes_is_stopped():
-    with pytest.raises(trainers.TrainingDivergedError, match="lower --learning-rate"):
+    with pytest.raises(TrainingDivergedError, match="lower --learning-rate"):
         warm_up(TablePolicy(), collected(), replace(SETTINGS, learning_rate=1e38, steps=10))
 
 
@@ -265,7 +265,7 @@ def test_force_does_not_remove_the_warm_up_s_own_start(quick):
 def test_a_warm_up_that_fails_replaces_nothing(quick):
     folder = run_warm_up(quick, parts=WORLD)
     before = (folder / "policy.safetensors").read_bytes()
-    with pytest.raises(trainers.TrainingDivergedError):
+    with pytest.raises(TrainingDivergedError):
         run_warm_up(replace(quick, learning_rate=1e38, steps=10), force=True, parts=WORLD)
     assert names(folder) == WARM_UP
     assert (folder / "policy.safetensors").read_bytes() == before

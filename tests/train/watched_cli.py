@@ -68,7 +68,7 @@ def main() -> int:
 
     torch.set_num_threads(1)
     from roadvla import cli
-    from roadvla.train import checkpoint, trainer
+    from roadvla.train import checkpoint, loop, trainer
     from roadvla.train.board import Board
     from roadvla.train.hinting import Hinter
     from roadvla.train.metrics import MetricsWriter
@@ -86,7 +86,7 @@ def main() -> int:
     sheet.watch(checkpoint, "write_manifest", "manifest")
     sheet.watch(checkpoint, "_point_at", "pointer")
     sheet.watch(checkpoint, "_retire", "retention")
-    sheet.watch(trainer, "write_evaluation", "final files")
+    sheet.watch(loop, "write_evaluation", "final files")
     code = cli.main(sys.argv[2:])
     with open(f"{sys.argv[1]}.json", "w", encoding="utf-8") as file:
         json.dump(

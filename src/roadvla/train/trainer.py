@@ -1,20 +1,19 @@
-"""The training loop: collect, judge, update, measure, save (Algorithm 1)."""
+"""A run in memory, and one iteration of it: collect, judge, update, measure (Algorithm 1)."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from roadvla.envs import close
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
-from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
+from roadvla.evaluation.files import evaluation_path, read_evaluation
 from roadvla.evaluation.machine import usable_device
 from roadvla.train.checkpoint import (
     Progress,
@@ -26,162 +25,28 @@ from roadvla.train.checkpoint import (
 )
 from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
-from roadvla.train.distributed import joined
 from roadvla.train.divergence import (
-    TrainingDivergedError,
     check_alike,
-    check_same_settings,
     refuse_divergence,
 )
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
-from roadvla.train.interrupt import (
-    catch_interrupts,
-    raise_interrupt,
-    raise_queue_signals,
-    stopped,
-)
-from roadvla.train.lock import check_free, locked
 from roadvla.train.memory import acting_sizes, update_sizes, within_memory
 from roadvla.train.metrics import (
-    MetricsWriter,
     Stopwatch,
     evaluation_metrics,
     peak_memory,
     to_floats,
 )
-from roadvla.train.notes import add_note
 from roadvla.train.parts import Parts, load_policies, make_envs, parts_of
-from roadvla.train.progress import Display
-from roadvla.train.resume import agreed_checkpoint
 from roadvla.train.rollout import collect, reference_values, training_episode_ids
-from roadvla.train.run_folder import (
-    check_claimable,
-    check_resumable,
-    create_run_folder,
-    resume_command,
-    sources_of,
-)
 from roadvla.train.serialize import fingerprint
 from roadvla.train.share import Share
 from roadvla.train.update import make_optimizer, set_learning_rates, update
 from roadvla.types import Batch
 from roadvla.world import World
 
-__all__ = ["Parts", "Trainer", "TrainingDivergedError", "train"]
-
-_FILMED = 6
-
-
-def train(
-    experiment: Experiment, *, resume: bool = False, force: bool = False, parts: Parts | None = None
-) -> Path:
-    """Run an experiment to its end, or go on with it.
-
-    Ctrl-C, SIGTERM and SIGUSR1 let the iteration finish, save and stop; a second one stops at once.
-    A resumed run continues from its last good checkpoint exactly as if it had never stopped (bit
-    for bit on a CPU). No other process can write into the folder meanwhile.
-
-    Args:
-        experiment: What to do.
-        resume: Go on with the run in ``experiment.output``, whose settings must be the same.
-        force: Replace a run, a warm-up or a policy that is already there.
-        parts: Environment and policy; the package's, of the experiment's kind, unless given.
-
-    Returns:
-        The run folder.
-
-    Raises:
-        UserError: If the input is unusable or the disk is full; nothing already saved is lost.
-        TrainingDivergedError: If a metric is not finite.
-        Interrupted: After Ctrl-C, ``Preempted`` after SIGTERM or SIGUSR1; the message says how to
-            go on.
-    """
-    folder, begun = Path(experiment.output), resume
-    try:
-        with raise_queue_signals(), ExitStack() as held:
-            experiment.check_complete()
-            world = held.enter_context(joined(experiment.device))
-            resume = begun = bool(world.follow(int(resume)))
-            check_same_settings(experiment, world)
-            checkpoint, passed_over = None, ""
-            if resume:
-                if world.is_first:
-                    held.enter_context(locked(check_resumable(experiment)))
-                checkpoint, passed_over = agreed_checkpoint(folder / "checkpoints", world)
-            elif world.is_first:
-                check_free(folder)
-                check_claimable(folder, force=force, sources=sources_of(experiment))
-            world.wait()
-            trainer = held.enter_context(closing(Trainer(experiment, parts, checkpoint, world)))
-            if not resume:
-                if world.is_first:
-                    # Locked only now: what is refused until here leaves no trace on the disk.
-                    held.enter_context(locked(folder))
-                    create_run_folder(experiment, force=force)
-                world.wait()
-                begun = True
-            _loop(trainer, folder, passed_over)
-    except KeyboardInterrupt as error:
-        said = _stopped(folder) if begun else "stopped before the run began"
-        raise stopped(error, said) from error
-    return folder
-
-
-def _loop(trainer: Trainer, folder: Path, passed_over: str) -> None:
-    """Iterate to the end, saving when it is time, then evaluate."""
-    experiment, total, world = trainer.experiment, trainer.iterations, trainer.world
-    title = f"{experiment.name} on {experiment.env}"
-    start = trainer.progress
-    writer = None
-    if world.is_first:
-        writer = MetricsWriter(folder, iteration=start.iteration, env_steps=start.env_steps)
-    console = None if world.is_first else Console(quiet=True)
-    with Display(title, total, done=start.iteration, console=console) as display:
-        if passed_over and world.is_first:
-            said = f"going on from iteration {start.iteration}, the last good one: {passed_over}"
-            display.say(f"warning: {said}")
-            add_note(folder, start.iteration, said)
-        if start.iteration == 0 and experiment.evaluation.every:
-            display.say("evaluation before the first iteration, in and out of distribution")
-            metrics = evaluation_metrics(trainer.measure(experiment.evaluation.episodes))
-            if writer is not None:
-                writer.write(0, 0, metrics)
-        with catch_interrupts() as interrupts:
-            stopping = world.most(interrupts.kind)
-            while trainer.progress.iteration < total and not stopping:
-                metrics = trainer.iterate()
-                done = trainer.progress
-                if writer is not None:
-                    writer.write(done.iteration, done.env_steps, metrics)
-                display.advance(metrics)
-                due = done.iteration % experiment.checkpoint_every == 0
-                due = due or done.iteration in experiment.kept_iterations
-                stopping = world.most(interrupts.kind)
-                if due or done.iteration == total or stopping:
-                    trainer.save(folder)
-        raise_interrupt(stopping)
-        if trainer.silent:
-            display.say(f"warning: {trainer.silent}")
-        results = folder / "evaluation"
-        # A run that fell back behind its end has the files, but not their numbers among its own.
-        finished = start.iteration == total and world.is_first and trainer.is_evaluated(results)
-        if experiment.evaluation.final_episodes and not world.any(finished):
-            display.say("final evaluation, in and out of distribution")
-            final = trainer.measure(experiment.evaluation.final_episodes, record=_FILMED)
-            metrics = evaluation_metrics(final)
-            if writer is not None:
-                # The files come last: once they are there, nothing is left to do.
-                writer.amend(metrics)
-                for result in final:
-                    write_evaluation(result, results)
-            display.advance(metrics, steps=0)
-
-
-def _stopped(folder: Path) -> str:
-    found = latest_checkpoint(folder / "checkpoints")
-    where = "before the first checkpoint" if found is None else f"saved at {found.name}"
-    return f"stopped, {where}; go on with `{resume_command(folder)}`"
+__all__ = ["Parts", "Trainer"]
 
 
 class Trainer:
