@@ -18,7 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from probe_runs import rows, shown
+from test_openvla_training import LORA
+from test_openvla_training import SIZES as TINY
 from watched_cli import PHASES
+
+from roadvla.policy.openvla.tiny_checkpoint import write_tiny_checkpoint
 
 CLI = Path(__file__).with_name("watched_cli.py")
 SIZES = [
@@ -31,7 +35,7 @@ KINDS = {
     "road": ["--algo", "road", "--reference-critic", "{critic}"],
     "mcts": ["--algo", "road", "--hints", "mcts"],
 }
-KILLS = {"ppo": 25, "road": 30, "mcts": 25}
+KILLS = {"ppo": 25, "road": 30, "mcts": 25, "openvla": 12}
 
 
 def start(sheet: Path, *arguments: object, kill: str | None = None) -> subprocess.Popen[str]:
@@ -104,7 +108,7 @@ def assert_identical(killed: Path, whole: Path) -> None:
         sorted(
             path.relative_to(run).as_posix()
             for path in run.rglob("*")
-            if path.parent.name != "tensorboard" and not path.name.endswith(".tmp")
+            if path.parent.name != "tensorboard"
         )
         for run in (killed, whole)
     ]
@@ -148,6 +152,24 @@ def command(start_from: Path, iterations: int, more: list[str]) -> list[str]:
     return ["train", "debug", "--init", str(start_from), *SIZES, *budget, *more]
 
 
+def kill_again_and_again(folder: Path, begin: list[str], kills: int) -> str:
+    """Compare runs that are killed with one that is not, until there were enough kills."""
+    took = uninterrupted(folder / "whole", begin)
+    hit: collections.Counter[str] = collections.Counter()
+    campaign = 0
+    while hit.total() < kills or not set(took) - {"load"} <= hit.keys():
+        campaign += 1
+        killer = Killer(folder / f"killed{campaign}", begin, took, hit)
+        lives = 0
+        while not killer.live():
+            lives += 1
+            assert lives < 60, "it makes no headway"
+        assert_identical(killer.folder, folder / "whole")
+    return f"{hit.total()} kills in {campaign} runs; " + ", ".join(
+        f"{phase} {hit[phase]}" for phase in PHASES if hit[phase]
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kills_at_random_moments_leave_no_trace(start_from, tmp_path, kind, record_property):
@@ -155,23 +177,22 @@ def test_kills_at_random_moments_leave_no_trace(start_from, tmp_path, kind, reco
     more = [word.format(critic=critic) for word in KINDS[kind]]
     if kind == "road":
         uninterrupted(critic, command(start_from, 2, []))
-    begin = command(start_from, 8, more)
-    took = uninterrupted(tmp_path / "whole", begin)
-    hit: collections.Counter[str] = collections.Counter()
-    campaign = 0
-    while hit.total() < KILLS[kind] or not set(took) - {"load"} <= hit.keys():
-        campaign += 1
-        killer = Killer(tmp_path / f"killed{campaign}", begin, took, hit)
-        lives = 0
-        while not killer.live():
-            lives += 1
-            assert lives < 60, "it makes no headway"
-        assert_identical(killer.folder, tmp_path / "whole")
-    summary = f"{kind}: {hit.total()} kills in {campaign} runs; " + ", ".join(
-        f"{phase} {hit[phase]}" for phase in PHASES if hit[phase]
-    )
+    summary = kill_again_and_again(tmp_path, command(start_from, 8, more), KILLS[kind])
     record_property("kills", summary)
-    print(summary)
+    print(f"{kind}: {summary}")
+
+
+@pytest.mark.slow
+def test_kills_of_an_openvla_leave_no_trace(tmp_path, record_property):
+    base = write_tiny_checkpoint(tmp_path / "base", sizes=TINY)
+    policy = ["--policy", "openvla", "--checkpoint", str(base), *map(str, LORA)]
+    warmup = ["warmup", *policy, "--output", str(tmp_path / "warmup"), "--episodes", "4"]
+    few = ["--steps", "4", "--batch", "8", "--minibatch", "4", "--learning-rate", "1e-2"]
+    finish(start(tmp_path / "warmup.sheet", *warmup, *few))
+    begin = [*command(tmp_path / "warmup", 5, policy), "--learning-rate", "1e-3"]
+    summary = kill_again_and_again(tmp_path, begin, KILLS["openvla"])
+    record_property("kills", summary)
+    print(f"openvla: {summary}")
 
 
 def test_three_kills_leave_no_trace(tmp_path):

@@ -85,7 +85,7 @@ def main() -> int:
     sheet.watch(trainer, "save_checkpoint", "checkpoint")
     sheet.watch(checkpoint, "write_manifest", "manifest")
     sheet.watch(checkpoint, "_point_at", "pointer")
-    sheet.watch(checkpoint, "_retire", "retention")
+    sheet.watch(checkpoint, "retire_checkpoints", "retention")
     sheet.watch(loop, "write_evaluation", "final files")
     code = cli.main(sys.argv[2:])
     with open(f"{sys.argv[1]}.json", "w", encoding="utf-8") as file:

@@ -126,7 +126,7 @@ def save_checkpoint(
             f"cannot write checkpoint {final}: {reason}; the last one is intact: free space, then "
             f"go on with --resume"
         ) from error
-    _retire(root, progress.iteration, keep_all=keep_all, kept=kept)
+    retire_checkpoints(root, progress.iteration, keep_all=keep_all, kept=kept)
     return final
 
 
@@ -138,8 +138,17 @@ def _point_at(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def _retire(root: Path, iteration: int, *, keep_all: bool, kept: Collection[int]) -> None:
-    """Drop what is not to be kept once the checkpoint of an iteration is there."""
+def retire_checkpoints(
+    root: Path, iteration: int, *, keep_all: bool, kept: Collection[int]
+) -> None:
+    """Drop what is not to be kept once the checkpoint of an iteration is there.
+
+    Args:
+        root: The run's ``checkpoints`` folder.
+        iteration: Of the newest checkpoint that is good.
+        keep_all: As ``save_checkpoint``'s.
+        kept: The same.
+    """
     earlier = [number for number in _iterations(root) if number <= iteration]
     spared = {*(earlier if keep_all else earlier[:_KEPT]), *(n for n in kept if n <= iteration)}
     # A later one is of work that was lost: the run fell back behind it, for it was damaged.

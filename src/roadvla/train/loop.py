@@ -124,6 +124,8 @@ def _loop(trainer: Trainer, folder: Path, passed_over: str) -> None:
                 if due or done.iteration == total or stopping:
                     trainer.save(folder)
         raise_interrupt(stopping)
+        if start.iteration == total:
+            trainer.retire(folder)
         if trainer.silent:
             display.say(f"warning: {trainer.silent}")
         results = folder / "evaluation"

@@ -21,6 +21,7 @@ from roadvla.train.checkpoint import (
     read_progress,
     restore_memory,
     restore_optimizer,
+    retire_checkpoints,
     save_checkpoint,
 )
 from roadvla.train.config import Experiment
@@ -227,6 +228,16 @@ class Trainer:
             kept=self.experiment.kept_iterations,
             memory={} if self._hinter is None else self._hinter.tensors(),
         )
+
+    def retire(self, folder: Path) -> None:
+        """Drop the checkpoints that the last save was killed before it could drop."""
+        if self.world.is_first:
+            retire_checkpoints(
+                folder / "checkpoints",
+                self.progress.iteration,
+                keep_all=self.experiment.keep_checkpoints == "all",
+                kept=self.experiment.kept_iterations,
+            )
 
     def _gather(self, watch: Stopwatch) -> tuple[Batch, Share, dict[str, Tensor]]:
         """Make the iteration's batch: from demonstrations, or by acting and judging."""
