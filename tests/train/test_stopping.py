@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 import numpy as np
 import pytest
@@ -19,7 +20,9 @@ from probe_runs import assert_same_run, rows, run, shown
 from probes import ColourEnv, probe_experiment
 from roadvla import cli
 from roadvla.errors import UserError
-from roadvla.train import loop
+from roadvla.evaluation import evaluate
+from roadvla.evaluation.files import read_evaluation
+from roadvla.train import loop, notes, run_folder
 from roadvla.train import trainer as trainers
 from roadvla.train.checkpoint import latest_checkpoint
 from roadvla.train.interrupt import Interrupted, Preempted
@@ -334,8 +337,16 @@ def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     def jumped(scale=1):
         return lambda: int(scale * 1e9 * jumps.random()) if scale > 1 else 1e9 * jumps.random()
 
+    class Jumping(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return datetime.fromtimestamp(1e9 * jumps.random(), tz)
+
     monkeypatch.setattr(time, "time", jumped())
     monkeypatch.setattr(time, "time_ns", jumped(int(1e9)))
+    dated = (evaluate, notes, run_folder)
+    for module in dated:
+        monkeypatch.setattr(module, "datetime", Jumping)
     folder = tmp_path / "run"
     for call in (4, 3, 5):  # the files of TensorBoard are named by the clock
         with monkeypatch.context() as patch:
@@ -348,6 +359,9 @@ def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
     durations = [v for row in read_metrics(folder) for k, v in row.items() if k[:5] == "time/"]
     assert all(value > 0 for value in durations)
     assert max(row.get("time/iteration", 0) for row in read_metrics(folder)) < 60
+    measured = [read_evaluation(path) for path in sorted((folder / "evaluation").glob("*.json"))]
+    assert len(measured) == 2
+    assert all(0 <= result.seconds < 60 and result.date < "2002" for result in measured)
 
 
 # Global randomness.
