@@ -1,6 +1,6 @@
 """Runs killed with SIGKILL, over and over, end as if nobody had touched them.
 
-make test-slow ARGS=tests/train/test_kills.py
+make test-slow ARGS="tests/train/test_kills.py -rP"
 """
 
 from __future__ import annotations

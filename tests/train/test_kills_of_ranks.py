@@ -1,6 +1,6 @@
 """Runs of two processes, of which one or all are killed with SIGKILL, end as if nothing had been.
 
-make test-slow ARGS="tests/train/test_kills_of_ranks.py -s"
+make test-slow ARGS="tests/train/test_kills_of_ranks.py -rP"
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
-from test_kills import assert_identical, command
+from test_kills import SIZES, STEPS, assert_identical, command
 from test_kills import finish as finish_alone
 from test_kills import start as start_alone
 
@@ -100,3 +100,26 @@ def test_kills_of_one_process_or_all_leave_no_trace(tmp_path: Path, record_prope
     summary = f"{hit.total()} kills in {runs} runs; {dict(hit)}"
     record_property("kills", summary)
     print(f"two processes: {summary}")
+
+
+@pytest.mark.slow
+def test_processes_whose_launcher_is_killed_end_the_run_and_hold_it_until_then(tmp_path) -> None:
+    budget = ["--total-env-steps", str(25 * STEPS), "--checkpoint-every", "1"]
+    folder = tmp_path / "run"
+    process = start("train", "debug", *SIZES, *budget, "--output", folder)
+    while process.poll() is None and not boards(folder):
+        time.sleep(0.02)
+    workers = ranks(process.pid)
+    process.kill()
+    resume = [sys.executable, "-m", "roadvla", "train", "--resume", str(folder)]
+    done = subprocess.run(resume, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"in use by another process (process {workers['rank 0']} on " in done.stderr
+    deadline = time.monotonic() + 200
+    while any(Path(f"/proc/{worker}").exists() for worker in workers.values()):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    before = (folder / "metrics.jsonl").read_bytes()
+    assert before.count(b"\n") == 26
+    assert subprocess.run(resume, capture_output=True, check=False).returncode == 0
+    assert (folder / "metrics.jsonl").read_bytes() == before
