@@ -13,7 +13,7 @@ import torch
 
 from roadvla import cli
 from roadvla.evaluation import files
-from roadvla.evaluation.files import read_film
+from roadvla.evaluation.files import read_evaluation, read_film
 from roadvla.experiments import measure
 from roadvla.policy import save_policy
 from roadvla.policy.tiny import TinyVLA

@@ -22,7 +22,7 @@ from roadvla import cli
 from roadvla.errors import UserError
 from roadvla.evaluation import evaluate
 from roadvla.evaluation.files import read_evaluation
-from roadvla.train import loop, notes, run_folder
+from roadvla.train import checkpoint, loop, notes, run_folder
 from roadvla.train import trainer as trainers
 from roadvla.train.checkpoint import latest_checkpoint
 from roadvla.train.interrupt import Interrupted, Preempted
@@ -275,6 +275,30 @@ def test_a_damaged_newest_checkpoint_is_told_and_costs_only_its_work(finished, t
     (note,) = (json.loads(line) for line in (folder / "notes.jsonl").read_text().splitlines())
     assert note["iteration"] == 9
     assert note["note"].startswith(said)
+    assert_same_run(folder, finished)
+
+
+def test_killed_before_it_dropped_the_older_ones_a_run_drops_them_when_it_goes_on(
+    finished, tmp_path, monkeypatch
+):
+    folder, saves = tmp_path / "run", []
+    real = checkpoint.retire_checkpoints
+
+    def crash(*args, **options):
+        saves.append(0)
+        if len(saves) == 4:  # the last save
+            raise ZeroDivisionError
+        return real(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "retire_checkpoints", crash)
+    with pytest.raises(ZeroDivisionError):
+        run(folder)
+    monkeypatch.undo()
+    there = sorted(path.name for path in (folder / "checkpoints").glob("iteration_*"))
+    assert there == [f"iteration_{number:06d}" for number in (6, 9, 12)]
+    run(folder, resume=True)
+    there = sorted(path.name for path in (folder / "checkpoints").glob("iteration_*"))
+    assert there == [f"iteration_{number:06d}" for number in (9, 12)]
     assert_same_run(folder, finished)
 
 

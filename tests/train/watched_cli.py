@@ -70,12 +70,12 @@ def main() -> int:
     from roadvla import cli
     from roadvla.train import checkpoint, loop, trainer
     from roadvla.train.board import Board
-    from roadvla.train.hinting import Hinter
+    from roadvla.train.hinting import SuccessHinter
     from roadvla.train.metrics import MetricsWriter
 
     sheet.watch(trainer.Trainer, "__init__", "load")
     sheet.watch(trainer, "collect", "rollout")
-    sheet.watch(Hinter, "hinted", "hints")
+    sheet.watch(SuccessHinter, "hinted", "hints")
     sheet.watch(trainer, "reference_values", "reference")
     sheet.watch(trainer, "update", "update")
     sheet.watch(trainer, "evaluate", "evaluation")
