@@ -118,7 +118,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from roadvla.train import run, trainer
+from roadvla.train import loop, trainer
 from roadvla.train.run_folder import load_experiment
 real, calls = trainer.update, []
 def update(*args, **options):
@@ -127,7 +127,7 @@ def update(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **options)
 trainer.update = update
-run.train(replace(load_experiment(Path(sys.argv[1])), output=sys.argv[2]))
+loop.train(replace(load_experiment(Path(sys.argv[1])), output=sys.argv[2]))
 """
 
 

@@ -139,7 +139,7 @@ def _train(
 ) -> None:
     """Train, here or in processes that are started with the same arguments."""
     from roadvla.train.distributed import is_launched, launch, speaks, was_restarted
-    from roadvla.train.run import train as run
+    from roadvla.train.loop import train as run
     from roadvla.train.run_folder import CONFIG, load_experiment
 
     if processes != _Processes() and not is_launched():
@@ -159,8 +159,11 @@ def _train(
 def evaluate(arguments: list[str]) -> None:
     """Measure a policy's success on numbered episodes, the same for every policy."""
     from roadvla.experiments.measure import Measurement, measure
+    from roadvla.experiments.stages import continued_by
 
-    result, path = measure(parse(Measurement, "eval", arguments))
+    wanted = parse(Measurement, "eval", arguments)
+    with continued_by(shlex.join(["roadvla", "eval", *arguments])):
+        result, path = measure(wanted)
     print(f"{result.env} {result.split}, {result.episodes} episodes, ", end="")
     print(f"temperature {result.temperature:g}")
     low, high = 100 * result.success_low, 100 * result.success_high

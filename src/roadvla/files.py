@@ -1,12 +1,21 @@
-"""Text that came from somewhere else, parsed so that damage or malice ends in one known error."""
+"""Files read with suspicion and written whole: text that came from somewhere else, and replacing.
+
+Damage or malice in what is read ends in one known error. What is written appears under its name
+only when it is complete.
+"""
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import math
-import stat
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 MAX_JSON = 64 << 20
 """Bytes; the largest JSON file that a checkpoint of 7 billion parameters has is a tenth of it."""
@@ -60,6 +69,62 @@ def parse_json(text: str | bytes) -> Any:
         return json.loads(text, parse_float=_finite, parse_int=_whole)
     except RecursionError:
         raise ValueError("it is nested too deep") from None
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write a file; it appears whole or not at all, and is on disk when this returns.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
+    """
+    with written_beside(path, lambda file: file.write(data)) as temporary:
+        temporary.replace(path)
+
+
+@contextmanager
+def written_beside(path: Path, write: Callable[[BinaryIO], object]) -> Iterator[Path]:
+    """Write what is to become a file under a hidden name, on disk in the block.
+
+    The block renames it to ``path``; if it does not, it is gone after. What killed processes left
+    of earlier attempts at the same file is removed too.
+
+    Args:
+        path: The file to be.
+        write: Puts the content into an open file.
+
+    Raises:
+        OSError: If the disk is full or the folder cannot be written.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        _remove_left(left)
+    temporary, file = _begun(path)
+    try:
+        with file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _begun(path: Path) -> tuple[Path, BinaryIO]:
+    """Open a hidden file beside another, locked: so it can be told from one that was left."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        file = temporary.open("xb")
+        with suppress(OSError):  # where there are no locks, nothing is taken for left
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if temporary.exists():
+            return temporary, file
+        file.close()  # taken for left by another process, between the two lines above
+
+
+def _remove_left(found: Path) -> None:
+    """Remove a hidden file that nobody is writing."""
+    with suppress(OSError), found.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        found.unlink()
 
 
 def _finite(text: str) -> float:

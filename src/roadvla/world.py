@@ -123,6 +123,14 @@ class World:
         """
         return self.size == 1 or len(self.gather(torch.tensor([number])).unique()) == 1
 
+    def follow(self, number: int) -> int:
+        """The first process's number, below 2⁶³, in every process.
+
+        Raises:
+            LostContactError: If another process does not take part.
+        """
+        return number if self.size == 1 else int(self.gather(torch.tensor([number]))[0])
+
     def wait(self) -> None:
         """Let everyone come to this point.
 

@@ -106,7 +106,7 @@ def test_a_failed_save_leaves_the_old_policy(
     def no_space(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights.os, "fsync", no_space)
+    monkeypatch.setattr("os.fsync", no_space)
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(OSError, match="No space"):
         save_policy(TinyVLA(), folder)

@@ -17,6 +17,7 @@ from roadvla.policy import BACKBONE_FOLDER, load_policy
 from roadvla.train.checkpoint import policy_folder, read_progress, restore_optimizer
 from roadvla.train.config import Optimizer
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
 from roadvla.train.run import train
 from roadvla.train.run_folder import load_experiment

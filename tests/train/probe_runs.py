@@ -9,8 +9,8 @@ from safetensors.torch import load_file
 
 from probes import PARTS, probe_experiment
 from roadvla.evaluation.files import read_evaluation
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
-from roadvla.train.run import train
 
 LAST = "checkpoints/iteration_000012"
 

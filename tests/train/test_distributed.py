@@ -26,6 +26,7 @@ from roadvla.train.checkpoint import Progress, restore_optimizer, save_checkpoin
 from roadvla.train.config import Algorithm, EvaluationConfig, Optimizer, RolloutConfig
 from roadvla.train.divergence import check_alike
 from roadvla.train.gradients import Gradients
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
 from roadvla.train.run import train
 from roadvla.train.share import Share
@@ -213,17 +214,23 @@ def test_a_resumed_optimizer_goes_on_where_parameters_are_laid_out_otherwise(
 # Processes that do not agree.
 
 
-def _compare_weights(rank: int, folder: Path) -> None:
+def _meet(folder: Path, rank: int) -> World:
     torch.set_num_threads(1)
     meeting = f"file://{folder / 'meeting'}"
     distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    world, weight = World.current(), torch.nn.Parameter(torch.ones(5))
+    return World.current()
+
+
+def _compare_weights(rank: int, folder: Path) -> None:
+    world, weight = _meet(folder, rank), torch.nn.Parameter(torch.ones(5))
     optimizer = torch.optim.AdamW([weight])
-    check_alike(optimizer, world, 3, "")
+    check_alike(optimizer, world, 3, str)
     with torch.no_grad():
         weight[2] += rank * torch.finfo(torch.float32).eps
     with pytest.raises(WorkerError, match=r"the 2 processes are no longer.*iteration 4: .*kept it"):
-        check_alike(optimizer, world, 4, "kept it")
+        check_alike(optimizer, world, 4, lambda: "kept it")
+    assert world.agree(7)
+    assert not world.agree(rank)
     (folder / f"told-{rank}").touch()
     distributed.destroy_process_group()
 

@@ -12,9 +12,9 @@ import torch
 from probes import PARTS, ColourEnv, TablePolicy, probe_experiment
 from roadvla.train.config import Optimizer
 from roadvla.train.divergence import TrainingDivergedError
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
-from roadvla.train.rollout import collect
-from roadvla.train.run import train
+from roadvla.train.rollout import collect, training_episode_ids
 
 OPTIMIZER = Optimizer(learning_rate=0.1, value_learning_rate=0.05, minibatch=32)
 
@@ -131,13 +131,18 @@ def test_lost_episodes_are_left_out_and_counted(tmp_path: Path) -> None:
     assert all(0 <= row["rollout/return"] <= 1 for row in rows)
 
 
-def test_nothing_is_learned_from_a_lost_episode() -> None:
-    env = broken((3, 4), (7,)).make_env("VR-UnseenTable", split="train", num_envs=9)
-    rollout = collect(TablePolicy(), env, torch.arange(9), temperature=1.0)
-    assert rollout.outcome["lost"].nonzero().flatten().tolist() == [3, 4, 7]
-    assert not rollout.active[:, [3, 4, 7]].any()
-    assert not rollout.reward[:, [3, 4, 7]].any()
-    assert rollout.active[:, [0, 1, 2, 5, 6, 8]].all()
+def test_no_step_of_a_lost_episode_is_learned_from() -> None:
+    """Not even those before it was lost: what came of them is not known."""
+    env = Broken(16)
+    env.lost, env.unpaid = (3, 4), (7,)
+    got = collect(TablePolicy(), env, training_episode_ids(0, 0, 16), temperature=1.0)
+    lost = torch.zeros(16, dtype=torch.bool)
+    lost[[3, 4, 7]] = True
+    assert torch.equal(got.outcome["lost"], lost)
+    assert torch.equal(got.active, ~lost.expand(4, 16))
+    assert bool(torch.isfinite(got.reward).all())
+    assert not got.reward[:, lost].any()
+    assert got.reward[:, ~lost].any()
 
 
 def test_more_than_half_lost_stop_the_run(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from roadvla.train.algorithm import Algorithm
 from roadvla.train.checkpoint import latest_checkpoint, policy_folder
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import SuccessHinter, make_hinter
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
 from roadvla.train.rollout import collect, training_episode_ids
-from roadvla.train.run import train
 from roadvla.train.update import losses, select
 from roadvla.world import World
 

@@ -1,6 +1,6 @@
 """Runs killed with SIGKILL, over and over, end as if nobody had touched them.
 
-make test-slow ARGS=tests/train/test_kills.py
+make test-slow ARGS="tests/train/test_kills.py -rP"
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from probe_runs import rank_process, rows, shown
+from probe_runs import rows, shown
+from test_openvla_training import LORA
+from test_openvla_training import SIZES as TINY
 from watched_cli import PHASES
 
 from roadvla.policy.openvla.tiny_checkpoint import write_tiny_checkpoint
@@ -36,8 +38,8 @@ KINDS = {
     "mcts": ["--algo", "road", "--hints", "mcts"],
     "openvla": ["--policy", "openvla", "--checkpoint", "{checkpoint}", "--dtype", "float32"],
 }
-KILLS = {"ppo": 25, "road": 30, "mcts": 25, "openvla": 8}
-RANK_KILLS = 8
+ITS_OWN = {"ppo": set(), "road": {"reference"}, "mcts": {"hints"}, "openvla": set()}
+KILLS = {"ppo": 25, "road": 30, "mcts": 25, "openvla": 12}
 
 
 def start(sheet: Path, *arguments: object, kill: str | None = None) -> subprocess.Popen[str]:
@@ -155,6 +157,26 @@ def command(start_from: Path | None, iterations: int, more: list[str]) -> list[s
     return ["train", "debug", *init, *SIZES, *budget, *more]
 
 
+def kill_again_and_again(folder: Path, begin: list[str], kind: str) -> str:
+    """Compare runs that are killed with one that is not, until there were enough kills."""
+    took = uninterrupted(folder / "whole", begin)
+    always = set(PHASES) - {"start", "between", "hints", "reference"}
+    assert set(took) == always | ITS_OWN[kind]  # else something is watched in the wrong place
+    hit: collections.Counter[str] = collections.Counter()
+    campaign = 0
+    while hit.total() < KILLS[kind] or not set(took) - {"load"} <= hit.keys():
+        campaign += 1
+        killer = Killer(folder / f"killed{campaign}", begin, took, hit)
+        lives = 0
+        while not killer.live():
+            lives += 1
+            assert lives < 60, "it makes no headway"
+        assert_identical(killer.folder, folder / "whole")
+    return f"{hit.total()} kills in {campaign} runs; " + ", ".join(
+        f"{phase} {hit[phase]}" for phase in PHASES if hit[phase]
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_kills_at_random_moments_leave_no_trace(start_from, tmp_path, kind, record_property):
@@ -162,25 +184,22 @@ def test_kills_at_random_moments_leave_no_trace(start_from, tmp_path, kind, reco
     more = [word.format(critic=critic, checkpoint=checkpoint) for word in KINDS[kind]]
     if kind == "road":
         uninterrupted(critic, command(start_from, 2, []))
-    if kind == "openvla":
-        write_tiny_checkpoint(checkpoint)
-    begin = command(None if kind == "openvla" else start_from, 8, more)
-    took = uninterrupted(tmp_path / "whole", begin)
-    hit: collections.Counter[str] = collections.Counter()
-    campaign = 0
-    while hit.total() < KILLS[kind] or not set(took) - {"load"} <= hit.keys():
-        campaign += 1
-        killer = Killer(tmp_path / f"killed{campaign}", begin, took, hit)
-        lives = 0
-        while not killer.live():
-            lives += 1
-            assert lives < 60, "it makes no headway"
-        assert_identical(killer.folder, tmp_path / "whole")
-    summary = f"{kind}: {hit.total()} kills in {campaign} runs; " + ", ".join(
-        f"{phase} {hit[phase]}" for phase in PHASES if hit[phase]
-    )
+    summary = kill_again_and_again(tmp_path, command(start_from, 8, more), kind)
     record_property("kills", summary)
-    print(summary)
+    print(f"{kind}: {summary}")
+
+
+@pytest.mark.slow
+def test_kills_of_an_openvla_leave_no_trace(tmp_path, record_property):
+    base = write_tiny_checkpoint(tmp_path / "base", sizes=TINY)
+    policy = ["--policy", "openvla", "--checkpoint", str(base), *map(str, LORA)]
+    warmup = ["warmup", *policy, "--output", str(tmp_path / "warmup"), "--episodes", "4"]
+    few = ["--steps", "4", "--batch", "8", "--minibatch", "4", "--learning-rate", "1e-2"]
+    finish(start(tmp_path / "warmup.sheet", *warmup, *few))
+    begin = [*command(tmp_path / "warmup", 5, policy), "--learning-rate", "1e-3"]
+    summary = kill_again_and_again(tmp_path, begin, "openvla")
+    record_property("kills", summary)
+    print(f"openvla: {summary}")
 
 
 @pytest.mark.slow

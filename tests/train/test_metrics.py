@@ -14,9 +14,9 @@ from rich.console import Console
 from probes import PARTS, probe_experiment
 from roadvla.errors import UserError
 from roadvla.train.config import Algorithm
+from roadvla.train.loop import train
 from roadvla.train.metrics import MetricsWriter, Stopwatch, read_metrics, to_floats
 from roadvla.train.progress import Display
-from roadvla.train.run import train
 
 DOCS = Path(__file__).parents[2] / "docs" / "metrics.md"
 
@@ -109,7 +109,7 @@ import torch
 torch.set_num_threads(1)
 from probes import PARTS, probe_experiment
 from roadvla import cli
-from roadvla.train.run import train
+from roadvla.train.loop import train
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 for size in (0, 40, 1500, 2500, 5000):
     folder = {output!r} + "/" + str(size)

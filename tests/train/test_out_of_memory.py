@@ -7,6 +7,7 @@ from probes import PARTS, TablePolicy, probe_experiment, save_table
 from roadvla.errors import UserError
 from roadvla.policy.settings import OpenVLASettings
 from roadvla.train.config import Algorithm, EvaluationConfig, Optimizer
+from roadvla.train.loop import train
 from roadvla.train.memory import (
     acting_sizes,
     is_exhaustion,
@@ -15,7 +16,6 @@ from roadvla.train.memory import (
     update_sizes,
     within_memory,
 )
-from roadvla.train.run import train
 
 
 @pytest.mark.parametrize("allocate", [lambda: torch.empty(2**50), lambda: bytearray(2**62)])

@@ -19,9 +19,9 @@ from roadvla.train.config import (
     Optimizer,
     RolloutConfig,
 )
+from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
 from roadvla.train.parts import parts_of
-from roadvla.train.run import train
 from roadvla.train.trainer import Trainer
 from roadvla.world import World
 

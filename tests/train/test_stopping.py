@@ -22,8 +22,7 @@ from roadvla import cli
 from roadvla.errors import UserError
 from roadvla.evaluation import evaluate
 from roadvla.evaluation.files import read_evaluation
-from roadvla.train import notes, run_folder
-from roadvla.train import run as runs
+from roadvla.train import checkpoint, loop, notes, run_folder
 from roadvla.train import trainer as trainers
 from roadvla.train.checkpoint import latest_checkpoint
 from roadvla.train.interrupt import Interrupted, Preempted
@@ -128,7 +127,7 @@ def test_of_two_that_begin_at_once_the_second_is_refused(tmp_path, monkeypatch):
     folder = tmp_path / "run"
     folder.mkdir()
     with _held_by_another(folder):
-        monkeypatch.setattr(runs, "check_free", lambda _: None)  # it passed before the other
+        monkeypatch.setattr(loop, "check_free", lambda _: None)  # it passed before the other
         with pytest.raises(UserError, match="in use"):
             run(folder)
         assert [path.name for path in folder.iterdir()] == [LOCK]
@@ -150,9 +149,12 @@ def test_the_lock_is_held_from_the_first_write_to_the_last(tmp_path, monkeypatch
 
         monkeypatch.setattr(owner, name, call)
 
-    watched(runs, "create_run_folder")
-    watched(trainers, "save_checkpoint")
-    watched(runs, "write_evaluation")
+    for owner, name in (
+        (loop, "create_run_folder"),
+        (trainers, "save_checkpoint"),
+        (loop, "write_evaluation"),
+    ):
+        watched(owner, name)
     run(folder)
     assert set(seen) == {"create_run_folder", "save_checkpoint", "write_evaluation"}
     check_free(folder)
@@ -215,7 +217,7 @@ def test_a_read_only_folder_is_refused_before_any_work(tmp_path, monkeypatch, re
             path.chmod(0o755)
     folder.chmod(0o555)
     work = []
-    monkeypatch.setattr(runs, "Trainer", lambda *_: work.append(0))
+    monkeypatch.setattr(loop, "Trainer", lambda *_: work.append(0))
     with _without_privileges(), pytest.raises(UserError, match=r"^cannot write .*--output$"):
         run(folder, resume=resume)
     folder.chmod(0o755)
@@ -276,6 +278,30 @@ def test_a_damaged_newest_checkpoint_is_told_and_costs_only_its_work(finished, t
     assert_same_run(folder, finished)
 
 
+def test_killed_before_it_dropped_the_older_ones_a_run_drops_them_when_it_goes_on(
+    finished, tmp_path, monkeypatch
+):
+    folder, saves = tmp_path / "run", []
+    real = checkpoint.retire_checkpoints
+
+    def crash(*args, **options):
+        saves.append(0)
+        if len(saves) == 4:  # the last save
+            raise ZeroDivisionError
+        return real(*args, **options)
+
+    monkeypatch.setattr(checkpoint, "retire_checkpoints", crash)
+    with pytest.raises(ZeroDivisionError):
+        run(folder)
+    monkeypatch.undo()
+    there = sorted(path.name for path in (folder / "checkpoints").glob("iteration_*"))
+    assert there == [f"iteration_{number:06d}" for number in (6, 9, 12)]
+    run(folder, resume=True)
+    there = sorted(path.name for path in (folder / "checkpoints").glob("iteration_*"))
+    assert there == [f"iteration_{number:06d}" for number in (9, 12)]
+    assert_same_run(folder, finished)
+
+
 # TensorBoard and clocks.
 
 
@@ -309,7 +335,7 @@ def test_the_final_evaluation_is_shown_once_however_often_it_was_made(
 
     for resume in (False, True):
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "write_evaluation", crash)
+            patch.setattr(loop, "write_evaluation", crash)
             with pytest.raises(ZeroDivisionError):
                 run(tmp_path / "run", resume=resume)
     run(tmp_path / "run", resume=True)
@@ -342,7 +368,8 @@ def test_a_clock_that_jumps_changes_nothing(finished, tmp_path, monkeypatch):
 
     monkeypatch.setattr(time, "time", jumped())
     monkeypatch.setattr(time, "time_ns", jumped(int(1e9)))
-    for module in (evaluate, notes, run_folder):
+    dated = (evaluate, notes, run_folder)
+    for module in dated:
         monkeypatch.setattr(module, "datetime", Jumping)
     folder = tmp_path / "run"
     for call in (4, 3, 5):  # the files of TensorBoard are named by the clock

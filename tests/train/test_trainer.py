@@ -22,6 +22,7 @@ from roadvla.train.config import Algorithm, EvaluationConfig, Optimizer, Rollout
 from roadvla.train.demonstrations import Demonstrations, save_demonstrations
 from roadvla.train.divergence import TrainingDivergedError
 from roadvla.train.interrupt import Interrupted
+from roadvla.train.loop import train
 from roadvla.train.metrics import MetricsWriter, read_metrics
 from roadvla.train.run import train
 from roadvla.train.run_folder import load_experiment
@@ -61,7 +62,7 @@ sys.path.insert(0, {tests!r})
 import torch
 torch.set_num_threads(1)
 from probes import PARTS, probe_experiment
-from roadvla.train import run, trainer
+from roadvla.train import loop, trainer
 real, calls = trainer.update, []
 def update(*args, **options):
     calls.append(0)
@@ -70,7 +71,7 @@ def update(*args, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return metrics
 trainer.update = update
-run.train(probe_experiment({output!r}), parts=PARTS)
+loop.train(probe_experiment({output!r}), parts=PARTS)
 """
 
 

@@ -14,7 +14,7 @@ from roadvla.train import warmup as warmups
 from roadvla.train.checkpoint import policy_folder
 from roadvla.train.demonstrations import load_demonstrations
 from roadvla.train.divergence import TrainingDivergedError
-from roadvla.train.run import train
+from roadvla.train.loop import train
 from roadvla.train.warmup import WarmUp, collect_demonstrations, run_warm_up, warm_up
 
 SETTINGS = WarmUp(env="probe", episodes=10, steps=60, batch=32, learning_rate=0.05, levels=8)

@@ -68,14 +68,14 @@ def main() -> int:
 
     torch.set_num_threads(1)
     from roadvla import cli
-    from roadvla.train import checkpoint, run, trainer
+    from roadvla.train import checkpoint, loop, trainer
     from roadvla.train.board import Board
-    from roadvla.train.hinting import Hinter
+    from roadvla.train.hinting import SuccessHinter
     from roadvla.train.metrics import MetricsWriter
 
     sheet.watch(trainer.Trainer, "__init__", "load")
     sheet.watch(trainer, "collect", "rollout")
-    sheet.watch(Hinter, "hinted", "hints")
+    sheet.watch(SuccessHinter, "hinted", "hints")
     sheet.watch(trainer, "reference_values", "reference")
     sheet.watch(trainer, "update", "update")
     sheet.watch(trainer, "evaluate", "evaluation")
@@ -84,9 +84,9 @@ def main() -> int:
     sheet.watch(Board, "write", "board")
     sheet.watch(trainer, "save_checkpoint", "checkpoint")
     sheet.watch(checkpoint, "write_manifest", "manifest")
-    sheet.watch(checkpoint, "point_at", "pointer")
-    sheet.watch(checkpoint, "_retire", "retention")
-    sheet.watch(run, "write_evaluation", "final files")
+    sheet.watch(checkpoint, "_point_at", "pointer")
+    sheet.watch(checkpoint, "retire_checkpoints", "retention")
+    sheet.watch(loop, "write_evaluation", "final files")
     code = cli.main(sys.argv[2:])
     with open(f"{sys.argv[1]}.json", "w", encoding="utf-8") as file:
         json.dump(

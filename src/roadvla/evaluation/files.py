@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import struct
 import zipfile
-import zlib
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,7 +15,7 @@ import torch
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, Film
 from roadvla.evaluation.failures import EVENTS, check_modes
-from roadvla.files import read_json
+from roadvla.files import parse_json, written_beside
 
 _MAX_FILM = 2 << 30
 _NO_FILM = (
@@ -78,12 +74,14 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with ExitStack() as written:
-            numbers = _beside(path, lambda file: file.write(text.encode()))
-            written.callback(numbers.unlink, missing_ok=True)
+            numbers = written.enter_context(
+                written_beside(path, lambda file: file.write(text.encode()))
+            )
             film, frames = evaluation.film, None
             if film is not None:
-                frames = _beside(film_path(path), lambda file: _save_film(file, film))
-                written.callback(frames.unlink, missing_ok=True)
+                frames = written.enter_context(
+                    written_beside(film_path(path), lambda file: _save_film(file, film))
+                )
             # Cut off here, numbers never stand beside another evaluation's film or without theirs:
             # there are none, so they are measured again.
             if frames is not None or film_path(path).exists():
@@ -271,17 +269,3 @@ def _save_film(file: BinaryIO, film: Film) -> None:
         instructions=np.array(film.instructions, dtype=np.str_),
         episode_ids=np.array(film.episode_ids, dtype=np.int64),
     )
-
-
-def _beside(path: Path, write: Callable[[BinaryIO], object]) -> Path:
-    """Write what is to become a file under another name, on disk when this returns."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    return temporary

@@ -5,12 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from roadvla.errors import UserError
-from roadvla.files import read_json
+from roadvla.files import parse_json, write_whole
 
 FORMAT = 1
 AGAIN = "delete it and run the study again: only what is missing is made anew"
@@ -24,14 +23,10 @@ def write_sealed(path: Path, data: Mapping[str, Any]) -> Path:
     """
     body = {"format": FORMAT, **data}
     text = json.dumps({**body, "sha256": _digest(body)}, indent=1, allow_nan=False) + "\n"
-    temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, text.encode())
     except OSError as error:
-        with suppress(OSError):
-            temporary.unlink()
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error

@@ -17,6 +17,7 @@ from roadvla.policy import load_policy
 from roadvla.train.checkpoint import policy_folder, read_progress
 from roadvla.train.config import EvaluationConfig, Experiment
 from roadvla.train.interrupt import raise_queue_signals, stopped
+from roadvla.train.loop import train
 from roadvla.train.progress import Display
 from roadvla.train.run import train
 from roadvla.train.run_folder import CONFIG

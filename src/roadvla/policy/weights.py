@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import MAX_JSON, MAX_TENSORS, parse_json, read_bytes
+from roadvla.files import parse_json, write_whole
 from roadvla.policy.action_tokens import NUM_TOKENS, NormStats
 from roadvla.policy.base import Policy
 from roadvla.policy.tiny import TinyArchitecture, TinyVLA
@@ -52,8 +50,8 @@ def save_policy(policy: TinyVLA, folder: Path) -> None:
         "sha256": hashlib.sha256(data).hexdigest(),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / WEIGHTS_NAME, data)
-    _write(folder / DESCRIPTION_NAME, (json.dumps(description, indent=2) + "\n").encode())
+    write_whole(folder / WEIGHTS_NAME, data)
+    write_whole(folder / DESCRIPTION_NAME, (json.dumps(description, indent=2) + "\n").encode())
 
 
 def load_policy(folder: Path, device: torch.device | str = "cpu") -> Policy:
@@ -127,21 +125,7 @@ def load_backbone(device: torch.device | str = "cpu") -> TinyVLA:
     return load_tiny(BACKBONE_FOLDER, device)
 
 
-def _write(path: Path, data: bytes) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _read_bytes(path: Path, limit: int) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     try:
         return read_bytes(path, limit=limit)
     except FileNotFoundError as error:

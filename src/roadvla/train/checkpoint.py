@@ -101,8 +101,8 @@ def save_checkpoint(
     Raises:
         UserError: If the disk is full or the folder cannot be written.
     """
-    name = f"iteration_{progress.iteration:06d}"
-    temporary, final = root / f".{name}.partial", root / name
+    final = checkpoint_folder(root, progress.iteration)
+    temporary = root / f".{final.name}.partial"
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -124,7 +124,7 @@ def save_checkpoint(
             f"cannot write checkpoint {final}: {reason}; the last one is intact: free space, then "
             f"go on with --resume"
         ) from error
-    _retire(root, progress.iteration, keep_all=keep_all, kept=kept)
+    retire_checkpoints(root, progress.iteration, keep_all=keep_all, kept=kept)
     return final
 
 
@@ -136,9 +136,18 @@ def point_at(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-def _retire(root: Path, iteration: int, *, keep_all: bool, kept: Collection[int]) -> None:
-    """Drop what is not to be kept once the checkpoint of an iteration is there."""
-    earlier = [number for number in iterations_in(root) if number <= iteration]
+def retire_checkpoints(
+    root: Path, iteration: int, *, keep_all: bool, kept: Collection[int]
+) -> None:
+    """Drop what is not to be kept once the checkpoint of an iteration is there.
+
+    Args:
+        root: The run's ``checkpoints`` folder.
+        iteration: Of the newest checkpoint that is good.
+        keep_all: As ``save_checkpoint``'s.
+        kept: The same.
+    """
+    earlier = [number for number in _iterations(root) if number <= iteration]
     spared = {*(earlier if keep_all else earlier[:_KEPT]), *(n for n in kept if n <= iteration)}
     # A later one is of work that was lost: the run fell back behind it, for it was damaged.
     for number in iterations_in(root):
@@ -164,8 +173,52 @@ def iterations_in(root: Path) -> list[int]:
 
 
 def checkpoint_folder(root: Path, iteration: int) -> Path:
-    """Where the checkpoint of an iteration is, if there is one."""
+    """Name the checkpoint of an iteration in a run's ``checkpoints`` folder."""
     return root / f"iteration_{iteration:06d}"
+
+
+def good_checkpoint(root: Path) -> tuple[Path | None, str]:
+    """Find the newest checkpoint of a run's ``checkpoints`` folder that is as it was written.
+
+    Every file is read and compared with its recorded checksum.
+
+    Args:
+        root: The folder. Its ``latest.json`` is mended if it names something else.
+
+    Returns:
+        The checkpoint, ``None`` if the run has none yet; and why newer ones were passed over, if
+        any were.
+
+    Raises:
+        UserError: If there are checkpoints and none is good, or one is of an unknown format.
+    """
+    try:
+        named = latest_checkpoint(root)
+        damaged: list[str] = []
+    except DamagedError as error:
+        named, damaged = None, [_reason(error)]
+    for number in _iterations(root):
+        folder = checkpoint_folder(root, number)
+        try:
+            verify(folder)
+            read_progress(folder)
+        except DamagedError as error:
+            damaged.append(_reason(error))
+            continue
+        if folder != named:
+            with suppress(OSError):  # on a full disk: the next save says so
+                _point_at(folder)
+        return folder, "; ".join(damaged)
+    if damaged:
+        raise UserError(
+            f"{root} holds no checkpoint that can be used ({'; '.join(damaged)}): start a new run, "
+            f"or delete that folder to begin this one again"
+        )
+    return None, ""
+
+
+def _reason(error: DamagedError) -> str:
+    return str(error).removesuffix(f"; {ELSEWHERE}")
 
 
 def latest_checkpoint(root: Path) -> Path | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +16,7 @@ from roadvla.train.checkpoint import latest_checkpoint
 from roadvla.train.config import Experiment
 from roadvla.train.diagnosis import write_diagnosis
 from roadvla.train.run_folder import about
+from roadvla.train.serialize import fingerprint
 from roadvla.types import Batch
 from roadvla.world import World
 
@@ -70,14 +72,29 @@ def refuse_divergence(
     )
 
 
-def check_alike(optimizer: torch.optim.Optimizer, world: World, iteration: int, kept: str) -> None:
+def check_same_settings(experiment: Experiment, world: World) -> None:
+    """Make sure that every process was given the same settings; folders may be named differently.
+
+    Raises:
+        UserError: If one was given others.
+    """
+    if not world.agree(int(fingerprint(experiment)[:15], 16)):
+        raise UserError(
+            f"the {world.size} processes were started with different settings: start all of them "
+            f"with the same command"
+        )
+
+
+def check_alike(
+    optimizer: torch.optim.Optimizer, world: World, iteration: int, kept: Callable[[], str]
+) -> None:
     """Make sure that every process has the same weights, bit for bit.
 
     Args:
         optimizer: Of the weights.
         world: The processes.
         iteration: For the message.
-        kept: What there is to go on from, for the message.
+        kept: Says what there is to go on from, for the message.
 
     Raises:
         WorkerError: If they have not.
@@ -89,7 +106,7 @@ def check_alike(optimizer: torch.optim.Optimizer, world: World, iteration: int, 
     if not world.agree(int(torch.stack(bits).sum())):
         raise WorkerError(
             f"the weights of the {world.size} processes are no longer the same after iteration "
-            f"{iteration}: a device or a connection is at fault; {kept}"
+            f"{iteration}: a device or a connection is at fault; {kept()}"
         )
 
 

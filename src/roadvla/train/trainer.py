@@ -1,4 +1,4 @@
-"""One run in memory: collect, judge, update, measure, save (Algorithm 1)."""
+"""A run in memory, and one iteration of it: collect, judge, update, measure (Algorithm 1)."""
 
 from __future__ import annotations
 
@@ -21,11 +21,15 @@ from roadvla.train.checkpoint import (
     read_progress,
     restore_memory,
     restore_optimizer,
+    retire_checkpoints,
     save_checkpoint,
 )
 from roadvla.train.config import Experiment
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations
-from roadvla.train.divergence import check_alike, refuse_divergence
+from roadvla.train.divergence import (
+    check_alike,
+    refuse_divergence,
+)
 from roadvla.train.guidance import guide
 from roadvla.train.hinting import Hinter, make_hinter
 from roadvla.train.memory import acting_sizes, update_sizes, within_memory
@@ -42,6 +46,8 @@ from roadvla.train.share import Share
 from roadvla.train.update import make_optimizer, set_learning_rates, update
 from roadvla.types import Batch
 from roadvla.world import World
+
+__all__ = ["Parts", "Trainer"]
 
 
 class Trainer:
@@ -208,7 +214,7 @@ class Trainer:
         Raises:
             WorkerError: If the processes' weights are not the same.
         """
-        check_alike(self.optimizer, self.world, self.progress.iteration, self._kept())
+        check_alike(self.optimizer, self.world, self.progress.iteration, self._kept)
         if not self.world.is_first:
             return
         save_checkpoint(
@@ -222,6 +228,16 @@ class Trainer:
             kept=self.experiment.kept_iterations,
             memory={} if self._hinter is None else self._hinter.tensors(),
         )
+
+    def retire(self, folder: Path) -> None:
+        """Drop the checkpoints that the last save was killed before it could drop."""
+        if self.world.is_first:
+            retire_checkpoints(
+                folder / "checkpoints",
+                self.progress.iteration,
+                keep_all=self.experiment.keep_checkpoints == "all",
+                kept=self.experiment.kept_iterations,
+            )
 
     def _gather(self, watch: Stopwatch) -> tuple[Batch, Share, dict[str, Tensor]]:
         """Make the iteration's batch: from demonstrations, or by acting and judging."""

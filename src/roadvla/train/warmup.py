@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from roadvla.envs import ManiSkillSettings, close
 from roadvla.envs.base import VectorEnv
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import usable_device
+from roadvla.files import parse_json
 from roadvla.policy.base import Policy
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
 from roadvla.train.checkpoint import policy_folder
@@ -115,7 +117,8 @@ class WarmUp:
 def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = None) -> Path:
     """Collect demonstrations, fine-tune on them, and write both into a folder.
 
-    Nothing is written, and nothing replaced, before the work is done.
+    Nothing is written, and nothing replaced, before the work is done. A signal while it is written
+    leaves the folder empty; what a killed process left of the same warm-up is replaced.
 
     Args:
         settings: What to collect and how to learn from it.
@@ -131,6 +134,7 @@ def run_warm_up(settings: WarmUp, *, force: bool = False, parts: Parts | None = 
             often.
     """
     folder, sources = Path(settings.output), (settings.init, settings.checkpoint)
+    force = force or _was_cut_off(folder, settings)
     check_free(folder)
     check_claimable(folder, force=force, sources=sources)
     usable_device(settings.device)
@@ -160,7 +164,7 @@ def _write(
     settings: WarmUp,
     parts: Parts,
 ) -> None:
-    """Fill the folder, or leave it empty."""
+    """Fill the folder, or leave it empty, whatever stops it."""
     folder = Path(settings.output)
     try:
         config = {"name": "warm-up", **asdict(settings), **about(settings.device)}
@@ -169,11 +173,23 @@ def _write(
         save_demonstrations(demonstrations, folder / DEMONSTRATIONS)
         write_json(folder / HISTORY, history)
         parts.save_policy(policy, folder)
-    except (UserError, OSError) as error:
+    except BaseException as error:  # a signal, too
         clear_folder(folder)
-        if isinstance(error, UserError):
+        if not isinstance(error, OSError):
             raise
         raise UserError(f"cannot write {folder}: {error.strerror or error}; free space") from error
+
+
+def _was_cut_off(folder: Path, settings: WarmUp) -> bool:
+    """Whether a folder holds what a killed warm-up of the same settings left: all but a policy."""
+    try:
+        recorded = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if (folder / "policy.json").exists() or not isinstance(recorded, dict):
+        return False
+    wanted = {**json.loads(json.dumps(asdict(settings))), "name": "warm-up", "output": None}
+    return {name: {**recorded, "output": None}.get(name) for name in wanted} == wanted
 
 
 def collect_demonstrations(

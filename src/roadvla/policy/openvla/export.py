@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from roadvla.errors import UserError
+from roadvla.files import write_whole
 from roadvla.policy.openvla.artefacts import (
     STATISTICS_NAME,
     VALUE_HEAD_NAME,
@@ -43,7 +44,6 @@ from roadvla.policy.openvla.storage import (
     read_tensor,
     to_json,
     write_safetensors,
-    write_whole,
 )
 from roadvla.policy.openvla.value_head import ValueHead
 

@@ -8,8 +8,6 @@ never copied.
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,12 +15,13 @@ from typing import Any
 import torch
 
 from roadvla.errors import UserError
-from roadvla.files import read_json
+from roadvla.files import parse_json, write_whole
 from roadvla.policy.openvla.adapted import OpenVLAPolicy, ReferenceCritic
 from roadvla.policy.openvla.adapters import LM_HEAD
 from roadvla.policy.openvla.artefacts import Adapter, read_adapter, write_adapter
 from roadvla.policy.openvla.checkpoint import fingerprint, locator
 from roadvla.policy.openvla.model import OpenVLA
+from roadvla.policy.openvla.storage import to_json
 from roadvla.policy.settings import OpenVLASettings
 
 __all__ = [
@@ -125,9 +124,7 @@ def save_openvla(policy: OpenVLAPolicy, folder: Path) -> None:
         "settings": asdict(policy.settings),
         "sha256": {name: _sha256(folder / name) for name in _HASHED},
     }
-    partial = folder / f".{DESCRIPTION}.partial"
-    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / DESCRIPTION)
+    write_whole(folder / DESCRIPTION, to_json(description))
 
 
 def recorded_settings(folder: Path, adapter: Adapter | None = None) -> OpenVLASettings:
