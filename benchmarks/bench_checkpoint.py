@@ -22,9 +22,9 @@ import torch
 
 from roadvla.evaluation.machine import describe_machine
 from roadvla.experiments.presets import DEBUG, TABLETOP_PPO
+from roadvla.train.checkpoint import good_checkpoint
 from roadvla.train.config import Experiment
 from roadvla.train.parts import Parts
-from roadvla.train.recovery import good_checkpoint
 from roadvla.train.trainer import Trainer
 
 PRESETS = (DEBUG, TABLETOP_PPO)

@@ -19,7 +19,6 @@ from roadvla.train.config import Optimizer
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
 from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
-from roadvla.train.run import train
 from roadvla.train.run_folder import load_experiment
 from roadvla.train.update import make_optimizer
 

@@ -54,16 +54,3 @@ def shown(folder: Path) -> dict[str, list[tuple[int, float]]]:
         for tag in sorted(board.Tags()["scalars"])
         if not tag.startswith(("time/", "memory/"))
     }
-
-
-def rank_process(parent: int, *, rank: int) -> int:
-    """Process id of a rank that a launcher started."""
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            stat = (folder / "stat").read_text().rsplit(")", 1)[1].split()
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if int(stat[1]) == parent and f"RANK={rank}".encode() in variables:
-            return int(folder.name)
-    raise AssertionError(f"no process of rank {rank}")

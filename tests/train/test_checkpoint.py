@@ -15,6 +15,7 @@ from roadvla.errors import UserError
 from roadvla.policy import load_backbone, load_tiny, save_policy
 from roadvla.train.checkpoint import (
     Progress,
+    good_checkpoint,
     latest_checkpoint,
     policy_folder,
     read_progress,
@@ -22,7 +23,6 @@ from roadvla.train.checkpoint import (
     save_checkpoint,
 )
 from roadvla.train.config import Algorithm, Optimizer
-from roadvla.train.recovery import good_checkpoint
 from roadvla.train.update import make_optimizer, update
 
 FORMAT_1 = Path(__file__).parents[1] / "golden/checkpoint_format_1/checkpoints"

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from probe_runs import rank_process
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
@@ -28,7 +27,6 @@ from roadvla.train.divergence import check_alike
 from roadvla.train.gradients import Gradients
 from roadvla.train.loop import train
 from roadvla.train.metrics import read_metrics
-from roadvla.train.run import train
 from roadvla.train.share import Share
 from roadvla.train.update import make_optimizer, update
 from roadvla.world import World
@@ -294,7 +292,7 @@ def test_one_command_starts_two_processes_and_one_killed_is_made_up_for(
         assert process.poll() is None, finish(process)[2]
         assert time.monotonic() < deadline
         time.sleep(0.02)
-    os.kill(rank_process(process.pid, rank=1), signal.SIGKILL)
+    os.kill(_child(process.pid, rank=1), signal.SIGKILL)
     code, out, err = finish(process)
     assert code == 0, err
     assert out.split() == [str(folder)]
@@ -379,3 +377,15 @@ def test_two_hosts_learn_what_one_does(
     results = [finish(process) for process in processes]
     assert [code for code, _, _ in results] == [0, 0], results
     assert_alike(reference, folder)
+
+
+def _child(parent: int, *, rank: int) -> int:
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            stat = (folder / "stat").read_text().rsplit(")", 1)[1].split()
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if int(stat[1]) == parent and f"RANK={rank}".encode() in variables:
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")

@@ -14,12 +14,12 @@ from probes import load_table
 from roadvla.errors import UserError
 from roadvla.train.checkpoint import (
     Progress,
+    good_checkpoint,
     latest_checkpoint,
     read_progress,
     restore_optimizer,
 )
 from roadvla.train.manifest import FORMAT, DamagedError, verify
-from roadvla.train.recovery import good_checkpoint
 from roadvla.train.update import make_optimizer
 
 STORED = ("policy.json", "policy.safetensors", "state.json")

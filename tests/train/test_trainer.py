@@ -24,7 +24,6 @@ from roadvla.train.divergence import TrainingDivergedError
 from roadvla.train.interrupt import Interrupted
 from roadvla.train.loop import train
 from roadvla.train.metrics import MetricsWriter, read_metrics
-from roadvla.train.run import train
 from roadvla.train.run_folder import load_experiment
 
 

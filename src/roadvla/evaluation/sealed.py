@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json, write_whole
+from roadvla.files import read_json, write_whole
 
 FORMAT = 1
 AGAIN = "delete it and run the study again: only what is missing is made anew"

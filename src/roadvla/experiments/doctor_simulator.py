@@ -13,6 +13,7 @@ from packaging.requirements import Requirement
 
 from roadvla.experiments.doctor_gpu import last_json
 from roadvla.experiments.doctor_rows import Answer, Row, Verdict, ask
+from roadvla.files import read_json
 
 if TYPE_CHECKING:
     from roadvla.envs.maniskill.inspection import Finding

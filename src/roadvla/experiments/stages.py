@@ -19,7 +19,6 @@ from roadvla.train.config import EvaluationConfig, Experiment
 from roadvla.train.interrupt import raise_queue_signals, stopped
 from roadvla.train.loop import train
 from roadvla.train.progress import Display
-from roadvla.train.run import train
 from roadvla.train.run_folder import CONFIG
 from roadvla.train.warmup import WarmUp, run_warm_up
 

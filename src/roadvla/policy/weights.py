@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json, write_whole
+from roadvla.files import MAX_JSON, MAX_TENSORS, parse_json, read_bytes, write_whole
 from roadvla.policy.action_tokens import NUM_TOKENS, NormStats
 from roadvla.policy.base import Policy
 from roadvla.policy.tiny import TinyArchitecture, TinyVLA
@@ -125,7 +125,7 @@ def load_backbone(device: torch.device | str = "cpu") -> TinyVLA:
     return load_tiny(BACKBONE_FOLDER, device)
 
 
-def _read_bytes(path: Path) -> bytes:
+def _read_bytes(path: Path, limit: int) -> bytes:
     try:
         return read_bytes(path, limit=limit)
     except FileNotFoundError as error:

@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
@@ -37,6 +38,7 @@ from roadvla.train.manifest import (
     read_files,
     read_object,
     sync_folder,
+    verify,
     write_manifest,
     write_synced,
 )
@@ -116,7 +118,7 @@ def save_checkpoint(
         _discard(final)
         os.replace(temporary, final)
         sync_folder(root)
-        point_at(final)
+        _point_at(final)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = getattr(error, "strerror", None) or error
@@ -128,7 +130,7 @@ def save_checkpoint(
     return final
 
 
-def point_at(folder: Path) -> None:
+def _point_at(folder: Path) -> None:
     """Name a checkpoint in ``latest.json``."""
     partial, number = folder.with_name(f".{_LATEST}.partial"), int(folder.name.rpartition("_")[2])
     write_synced(partial, as_json({"iteration": number, "folder": folder.name}))
@@ -150,7 +152,7 @@ def retire_checkpoints(
     earlier = [number for number in _iterations(root) if number <= iteration]
     spared = {*(earlier if keep_all else earlier[:_KEPT]), *(n for n in kept if n <= iteration)}
     # A later one is of work that was lost: the run fell back behind it, for it was damaged.
-    for number in iterations_in(root):
+    for number in _iterations(root):
         if number not in spared:
             _discard(checkpoint_folder(root, number))
     for abandoned in root.glob(".iteration_*.partial"):
@@ -166,7 +168,7 @@ def _discard(folder: Path) -> None:
         shutil.rmtree(going, ignore_errors=True)
 
 
-def iterations_in(root: Path) -> list[int]:
+def _iterations(root: Path) -> list[int]:
     """Number the checkpoints that there are, the newest first."""
     numbers = (path.name.removeprefix("iteration_") for path in root.glob("iteration_*"))
     return sorted((int(number) for number in numbers if number.isdecimal()), reverse=True)

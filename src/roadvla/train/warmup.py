@@ -14,7 +14,7 @@ from roadvla.envs import ManiSkillSettings, close
 from roadvla.envs.base import VectorEnv
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import usable_device
-from roadvla.files import parse_json
+from roadvla.files import read_json
 from roadvla.policy.base import Policy
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
 from roadvla.train.checkpoint import policy_folder
@@ -183,7 +183,7 @@ def _write(
 def _was_cut_off(folder: Path, settings: WarmUp) -> bool:
     """Whether a folder holds what a killed warm-up of the same settings left: all but a policy."""
     try:
-        recorded = parse_json((folder / CONFIG).read_text(encoding="utf-8"))
+        recorded = read_json(folder / CONFIG)
     except (OSError, ValueError):
         return False
     if (folder / "policy.json").exists() or not isinstance(recorded, dict):

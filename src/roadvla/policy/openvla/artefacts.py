@@ -22,8 +22,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import write_whole
-from roadvla.policy.openvla.storage import damaged, read_json, to_json
+from roadvla.files import MAX_TENSORS, read_bytes, write_whole
+from roadvla.policy.openvla.storage import damaged, read_object, to_json
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"

@@ -8,6 +8,7 @@ never copied.
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json, write_whole
+from roadvla.files import read_json, write_whole
 from roadvla.policy.openvla.adapted import OpenVLAPolicy, ReferenceCritic
 from roadvla.policy.openvla.adapters import LM_HEAD
 from roadvla.policy.openvla.artefacts import Adapter, read_adapter, write_adapter
