@@ -190,7 +190,7 @@ def test_the_verdict_is_what_the_interval_establishes(tmp_path, gain, says):
     assert (len(ups) == 3, downs) == (gain > 0, [])
     named = ", ".join(f"road on {e.setting}" for e in ups)
     assert (
-        f"distribution {f'3 are ({named})' if gain else 'none is'} better and none is" in sentence
+        f"distribution {f'3 ({named}) are' if gain else 'none is'} better and none is" in sentence
     )
 
 
@@ -205,7 +205,7 @@ def test_many_comparisons_are_counted_but_not_named():
         "Here: of 5 comparisons with ppo, not corrected for their number, out of distribution none "
         "is better and 5 are worse; in distribution none is better and 5 are worse."
     )
-    assert "1 is (m0 on s) worse" in established(made[:1], "ppo")
+    assert "1 (m0 on s) is worse" in established(made[:1], "ppo")
     assert established([], "ppo") == ""
 
 

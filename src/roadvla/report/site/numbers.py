@@ -192,10 +192,9 @@ def _counted(entries: Sequence[Entry]) -> str:
     """How many, and which where they are few enough to name."""
     if not entries:
         return "none is"
-    number = f"{len(entries)} {'is' if len(entries) == 1 else 'are'}"
-    if len(entries) > _NAMED:
-        return number
-    return f"{number} ({', '.join(f'{e.method} on {e.setting}' for e in entries)})"
+    names = f" ({', '.join(f'{e.method} on {e.setting}' for e in entries)})"
+    few = len(entries) <= _NAMED
+    return f"{len(entries)}{names if few else ''} {'is' if len(entries) == 1 else 'are'}"
 
 
 def _entry(
