@@ -394,7 +394,14 @@ def test_a_queue_s_signal_leaves_nothing_half_done(
 
 def _interrupted(command: list[str], reached: Callable[[], bool]) -> tuple[int, list[str]]:
     """Start a process group, press Ctrl-C when it is time; return its code and stderr."""
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # Whoever runs the tests in the background has them ignore Ctrl-C; a terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 120
     while not reached():
         assert time.monotonic() < deadline
