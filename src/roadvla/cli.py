@@ -209,7 +209,11 @@ def report(
     if not runs:
         raise UserError("no run is named: roadvla report RUN [RUN ...]")
     folder = output or Path(os.path.commonpath([run.resolve() for run in runs])) / "report"
-    command = shlex.join(["roadvla", "report", *map(str, runs)])
+    command = shlex.join(
+        ["roadvla", "report", *map(str, runs)]
+        + (["--output", str(output)] if output else [])
+        + (["--baseline", baseline] if baseline else [])
+    )
     studies = [run for run in runs if is_results(run)]
     if not studies:
         write_report(runs, folder, baseline=baseline, command=command)

@@ -121,6 +121,9 @@ def test_holm_by_hand():
     assert holm([0.4, 0.4]) == [0.8, 0.8]
     assert holm([0.5, 0.9]) == [1.0, 1.0]
     assert holm([]) == []
+    # Two of the three comparisons are still to come, or one of four.
+    assert holm([0.01], 3) == [pytest.approx(0.03)]
+    assert holm([0.02, 0.01], 3) == pytest.approx([0.04, 0.03])
 
 
 @settings(max_examples=20, deadline=None)

@@ -14,6 +14,7 @@ from roadvla.evaluation import stats
 from roadvla.evaluation.stats import (
     mean_and_std,
     paired_difference,
+    paired_mean_difference,
     seed_interval,
     t_interval,
     unpaired_difference,
@@ -219,3 +220,40 @@ def test_results_repeat():
     first = seed_interval(table)
     stats._counts.cache_clear()
     assert seed_interval(table) == first
+
+
+def test_a_mean_over_sets_weighs_them():
+    generator = np.random.default_rng(11)
+    first, second = (
+        generator.choice([-1.0, 0.0, 1.0], p=p, size=(4, 300))
+        for p in ([0.1, 0.6, 0.3], [0.2, 0.6, 0.2])
+    )
+    mean = paired_mean_difference([first, second], [0.75, 0.25])
+    assert mean.mean == pytest.approx(0.75 * first.mean() + 0.25 * second.mean())
+    per_seed = 0.75 * first.mean(axis=1) + 0.25 * second.mean(axis=1)
+    student = scipy_stats.t.interval(0.95, 3, per_seed.mean(), scipy_stats.sem(per_seed))
+    assert (mean.low, mean.high) == pytest.approx(
+        (min(mean.low, student[0]), max(mean.high, student[1]))
+    )
+    with pytest.raises(ValueError, match="one weight per table"):
+        paired_mean_difference([first, second], [1.0])
+    with pytest.raises(ValueError, match="the same seeds"):
+        paired_mean_difference([first, second[:2]], [0.5, 0.5])
+
+
+def test_one_set_alone_is_the_paired_difference():
+    generator = np.random.default_rng(5)
+    ours, theirs = (generator.random((3, 400)) < rate for rate in (0.6, 0.5))
+    alone = paired_mean_difference([ours.astype(float) - theirs], [1.0])
+    pair = paired_difference(ours.astype(float), theirs.astype(float))
+    assert (alone.mean, alone.low, alone.high) == pytest.approx(
+        (pair.mean, pair.low, pair.high), abs=0.005
+    )
+
+
+def test_a_set_that_is_counted_four_times_does_not_narrow_the_interval():
+    generator = np.random.default_rng(8)
+    table = generator.choice([-1.0, 0.0, 1.0], p=[0.2, 0.55, 0.25], size=(40, 200))
+    once = paired_mean_difference([table], [1.0])
+    fourfold = paired_difference(np.tile(table, (1, 4)), np.zeros((40, 800)))
+    assert once.high - once.low > 1.2 * (fourfold.high - fourfold.low)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -66,6 +67,66 @@ def test_another_study_takes_over_what_it_shares(finished, capsys):
     assert study("table2", *SMALL, "--only", "ppo", "--output", finished) == 0
     assert "2 of 2 cells are finished already" in capsys.readouterr().err
     assert set(read_results(finished).studies) == {"alpha", "table2"}
+
+
+def test_another_study_keeps_what_was_measured(finished, tmp_path):
+    """The PPO run of four settings is shared: what one study measured on it stays."""
+    root = tmp_path / "copy"
+    shutil.copytree(finished, root)
+    words = ("--budget", "smoke", "--settings", "ER-InitPose", "--only", "ppo")
+    assert study("table1", *words, "--output", root) == 0
+    results = read_results(root)
+    (ppo,) = (r for r in results.records.values() if r.method == "ppo")
+    assert {o.env for o in ppo.outcomes} == {"VR-UnseenTable", "ER-InitPose"}
+    assert {p.env for p in ppo.curve} == {"VR-UnseenTable", "ER-InitPose"}
+    (start,) = (r for r in results.records.values() if r.method == "warm-up")
+    assert {o.env for o in start.outcomes} == {"VR-UnseenTable", "ER-InitPose"}
+
+
+def test_fewer_episodes_do_not_replace_more(finished, tmp_path, capsys):
+    root = tmp_path / "copy"
+    shutil.copytree(finished, root)
+    before = {path: path.read_bytes() for path in root.rglob("*.json")}
+    assert study("alpha", *SMALL, "--only", "ppo", "--episodes", 4, "--output", root) == 2
+    said = capsys.readouterr().err
+    assert "holds 8 episodes of a set and 4 are asked for: ask for --episodes 8" in said
+    assert {path: path.read_bytes() for path in root.rglob("*.json")} == before
+
+
+def test_more_episodes_replace_fewer_and_are_not_mixed_with_them(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished, root)
+    words = ("--only", "ppo", "--episodes", 16, "--output", root)
+    assert study("table5", "--budget", "smoke", *words) == 0
+    assert study("table2", *SMALL, *words) == 0
+    results = read_results(root)
+    (road,) = (n for n, r in results.records.items() if r.method == "road-alpha-0")
+    (ppo,) = (
+        n for n, r in results.records.items() if r.method == "ppo" and r.env == "VR-UnseenTable"
+    )
+    assert {o.episodes for o in results.records[ppo].outcomes} == {16}
+    alpha, table2 = results.studies["alpha"], results.studies["table2"]
+    assert ppo in results.missing(alpha)
+    assert road not in results.missing(alpha)
+    assert ppo not in results.missing(table2)
+
+
+def test_the_page_says_how_to_finish_all_of_a_study(finished):
+    text = (finished / "report" / "report.html").read_text()
+    (command,) = re.findall(r"To finish: (roadvla study alpha [^<]*)<", text)
+    assert command.endswith(f"--output {finished}")
+    assert "--only" not in command
+    assert "--settings" not in command
+
+
+def test_a_folder_that_was_moved_is_continued(finished, tmp_path):
+    root = tmp_path / "copy"
+    shutil.copytree(finished, root)
+    (record,) = (root / "records").glob("road-alpha-0-*")
+    made = record.read_bytes()
+    record.unlink()
+    assert study("alpha", *SMALL, "--only", "road-alpha-0", "--output", root) == 0
+    assert len(record.read_bytes()) == pytest.approx(len(made), rel=0.2)
 
 
 def test_a_checkpoint_that_is_gone_is_named(finished, tmp_path, capsys):
@@ -153,5 +214,5 @@ def test_a_killed_cell_and_ctrl_c_lose_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     results = read_results(tmp_path / "out")
     missing = results.missing(results.studies["alpha"])
-    assert all("ER-Repositioning" in name for name in missing)
+    assert all(name.startswith("warmup") or "ER-Repositioning" in name for name in missing)
     assert os.listdir(tmp_path / "out" / "report")

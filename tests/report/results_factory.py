@@ -113,7 +113,19 @@ def write_results(root: Path, *, gain: float = 0.1, studies=None, leave_out=()) 
         for s in SPLITS
     ]
     write_record(
-        replace(warm, name="warmup-0", env=None, curve=tuple(start), series={}), root / "records"
+        replace(
+            warm,
+            name="warmup-0",
+            env=None,
+            outcomes=tuple(
+                outcomes(env, split, rate, 0)
+                for env in SETTINGS
+                for split, rate in zip(SPLITS, (0.3, 0.2), strict=True)
+            ),
+            curve=tuple(start),
+            series={},
+        ),
+        root / "records",
     )
     for method, better in (("ppo", 0.0), ("road", gain)):
         for env in SETTINGS:

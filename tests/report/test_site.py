@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from factory import make_run
-from results_factory import SEEDS, SETTINGS, record, study, write_results
+from results_factory import SEEDS, SETTINGS, outcomes, record, study, write_results
 
 from roadvla.cli import main
 from roadvla.evaluation.aggregate import iqm_interval
@@ -21,7 +21,16 @@ from roadvla.evaluation.records import write_record
 from roadvla.evaluation.results import read_results
 from roadvla.evaluation.stats import Estimate
 from roadvla.report.site import write_page
-from roadvla.report.site.numbers import Entry, entries, established, overall, verdict
+from roadvla.report.site.failing import shares, told
+from roadvla.report.site.numbers import (
+    Entry,
+    _pooled,
+    cells,
+    entries,
+    established,
+    overall,
+    verdict,
+)
 from roadvla.report.site.tables import overall_table
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -222,6 +231,54 @@ def test_what_is_missing_is_said_and_never_averaged(tmp_path):
     assert "not run" in text
 
 
+def test_a_record_of_other_episodes_stands_for_nothing(tmp_path):
+    root = write_results(tmp_path)
+    for seed in SEEDS:
+        made = record("road", "CR-MultiObject", seed, (0.7, 0.5))
+        fewer = tuple(outcomes(o.env, o.split, 0.7, seed, episodes=100) for o in made.outcomes)
+        write_record(replace(made, outcomes=fewer), root / "records")
+    results = read_results(root)
+    assert results.missing(study()) == [f"road-CR-MultiObject-seed{s}" for s in SEEDS]
+    (entry,) = (
+        e for e in entries(results, study()) if (e.method, e.setting) == ("road", "CR-MultiObject")
+    )
+    assert (entry.seeds, entry.rate, entry.versus) == ((), {}, {})
+    text = write_page(results, tmp_path / "report").read_text()
+    assert "Not finished: table1 (3 of 19 cells missing)" in text
+
+
+def test_a_record_that_was_only_needed_is_not_measured(tmp_path):
+    root = write_results(tmp_path)
+    made = record("ppo", "CR-MultiObject", 0, (0.6, 0.4), outcomes=())
+    write_record(made, root / "records")
+    assert read_results(root).missing(study()) == ["ppo-CR-MultiObject-seed0"]
+
+
+def test_runs_that_several_settings_share_are_one_measurement():
+    ours, theirs = np.ones((2, 10), bool), np.zeros((2, 10), bool)
+    other = np.eye(2, 10, dtype=bool)
+    differences, weights = _pooled([ours, ours, other], [theirs, theirs, theirs], [0, 0, 2])
+    assert weights == [2 / 3, 1 / 3]
+    assert [d.mean() for d in differences] == [1.0, 0.1]
+    # Settings that share runs but not episodes, and runs that only look alike, stay apart.
+    assert _pooled([ours, other], [theirs, theirs], [0, 0])[1] == [0.5, 0.5]
+    assert _pooled([ours, ours], [theirs, theirs], [0, 1])[1] == [0.5, 0.5]
+
+
+def test_the_commonest_failure_is_a_share_of_the_failures(tmp_path):
+    root = write_results(tmp_path)
+    results = read_results(root)
+    modes = shares(cells(results, study(), "ppo", SETTINGS[0]), SETTINGS[0], "test")
+    assert modes is not None
+    wanted = 100 * modes["no_grasp"] / (1 - modes["success"])
+    assert f"ppo no grasp ({wanted:.0f} %)" in told(results, study(), ["ppo"])[0]
+
+
+def test_cost_that_was_not_measured_is_said_to_be(tmp_path):
+    root = write_results(tmp_path, studies=[study(), study("cost", methods=("ppo-timed",))])
+    assert "Not run yet" in write_page(read_results(root), tmp_path / "report").read_text()
+
+
 def test_one_seed_claims_nothing_over_settings(tmp_path):
     first = study(seeds=(0,), cells={
         m: {e: {"0": f"{m}-{e}-seed0"} for e in SETTINGS} for m in ("ppo", "road")
@@ -229,7 +286,8 @@ def test_one_seed_claims_nothing_over_settings(tmp_path):
     page = write_page(read_results(write_results(tmp_path, studies=[first])), tmp_path / "report")
     text = page.read_text()
     assert "one seed: unknown" in text
-    assert re.search(r"\bnan\b", re.sub(r"data:[^\"]*", "", text).lower()) is None
+    shown = re.sub(r"data:[^\"]*|<script>.*?</script>", "", text, flags=re.DOTALL)
+    assert re.search(r"\bnan\b", shown.lower()) is None
     numbers = (page.parent / "tables" / "tables.json").read_text()
     assert "NaN" not in numbers
     assert json.loads(numbers)["table1"]["overall"][1]["iqm_versus"]["test"]["low"] is None
@@ -290,6 +348,11 @@ addEventListener("load", () => {
   const toggle = document.querySelector("button.theme");
   toggle.click();
   const after = getComputedStyle(document.body).backgroundColor;
+  const probe = document.querySelector("#probe");
+  const order = [...probe.querySelectorAll("th button")].map((button, column) => {
+    button.click();
+    return [...probe.tBodies[0].rows].map((row) => row.cells[column].textContent);
+  });
   const sorter = document.querySelector("table.sortable th button");
   sorter.click();
   const hidden = [...document.querySelectorAll("figure svg")].filter(
@@ -304,7 +367,9 @@ addEventListener("load", () => {
   }
   const captions = [...document.querySelectorAll("caption span")].filter(
     (span) => span.getBoundingClientRect().right > innerWidth).length;
+  probe.remove();
   document.title = JSON.stringify({
+    order,
     captions, contents: document.querySelector("nav details").open,
     wide, theme: before !== after, hidden, moved,
     figures: document.querySelectorAll("figure svg").length,
@@ -314,17 +379,31 @@ addEventListener("load", () => {
 </script></body>"""
 
 
+_TABLE = """<table class="sortable" id="probe">
+<thead><tr><th>Started</th><th>Commit</th><th>Steps</th><th>Rate</th></tr></thead><tbody>
+<tr><td>2026-11-26 19:42</td><td>4fb21f</td><td>9,600</td><td>10 %</td></tr>
+<tr><td>2026-11-27 06:59</td><td>9089b6</td><td>76,800</td><td>not run</td></tr>
+<tr><td>2026-11-26 20:01</td><td>a0b1c2</td><td>153,600</td><td>9 %</td></tr>
+</tbody></table></main>"""
+
+
 @needs_browser
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (360, False), (1280, True)])
 def test_the_page_works_in_a_browser(page, tmp_path, width, dark):
     probed = tmp_path / "report.html"
-    probed.write_text(page.read_text().replace("</body>", _PROBE))
+    probed.write_text(page.read_text().replace("</main>", _TABLE).replace("</body>", _PROBE))
     flags = [*_FLAGS, f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
     flags += ["--force-dark-mode"] if dark else []
     command = [str(CHROMIUM), *flags, "--dump-dom", f"file://{probed}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
     found = json.loads(re.search(r"<title>(.*?)</title>", done.stdout)[1].replace("&quot;", '"'))
+    assert found["order"] == [
+        ["2026-11-27 06:59", "2026-11-26 20:01", "2026-11-26 19:42"],
+        ["a0b1c2", "9089b6", "4fb21f"],
+        ["153,600", "76,800", "9,600"],
+        ["10 %", "9 %", "not run"],
+    ]
     assert found["wide"] is False
     assert found["theme"] is True
     assert found["hidden"] == 0

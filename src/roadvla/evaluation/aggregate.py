@@ -47,7 +47,7 @@ def p_value(outcomes: Real[np.ndarray, "S N"], baseline: Real[np.ndarray, "S N"]
     return min(1.0, max(SMALLEST_P, 2 * min(_tail(difference), _tail(-difference))))
 
 
-def holm(p_values: Sequence[float]) -> list[float]:
+def holm(p_values: Sequence[float], comparisons: int | None = None) -> list[float]:
     """Adjust p-values so that the chance of any false claim among them stays below the level.
 
     Step down: the smallest of m p-values is taken times m, the next times m − 1, and none is let
@@ -55,15 +55,17 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
     Args:
         p_values: Of as many comparisons, in any order.
+        comparisons: m, where some are still to come; as many as there are unless given.
 
     Returns:
         Adjusted p-values in the same order: p ≤ 0.05 after adjustment is a claim at 5 % over all.
     """
     order = sorted(range(len(p_values)), key=lambda index: p_values[index])
     adjusted = [0.0] * len(p_values)
+    m = max(len(p_values), comparisons or 0)
     highest = 0.0
     for rank, index in enumerate(order):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        highest = max(highest, min(1.0, (m - rank) * p_values[index]))
         adjusted[index] = highest
     return adjusted
 

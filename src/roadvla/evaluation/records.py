@@ -258,4 +258,6 @@ def _unpacked(data: dict[str, Any]) -> Outcomes:
         or not all(0 <= mode < len(data["mode_names"]) for mode in data["modes"])
     ):
         raise ValueError("its failure modes do not fit its episodes")
+    if data["modes"] and data["mode_names"] != MODES:
+        raise ValueError("its failure modes are those of another version")
     return Outcomes(**data)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from roadvla.errors import UserError
+from roadvla.evaluation.evaluate import SPLITS
 from roadvla.evaluation.records import RunRecord, check_comparable, read_record
 from roadvla.evaluation.sealed import AGAIN, read_sealed, write_sealed
 
@@ -25,8 +26,8 @@ class StudyRecord:
         settings: By paper alias, in the order of the table.
         seeds: One run of each method on each training distribution per seed.
         budget: Name of the budget.
-        episodes: Of each set in the final evaluations.
-        command: What was typed.
+        episodes: Of each set in the final evaluations; 0 for as many as each run has.
+        command: What runs all of it.
         cells: Names of the records it needs, by method, setting and seed:
             ``cells[method][setting][seed as text]``.
         warmup: Name of the record of the policy all runs start from.
@@ -88,12 +89,31 @@ class Results:
     films: dict[tuple[str, str], Path] = field(default_factory=dict)
 
     def missing(self, study: StudyRecord) -> list[str]:
-        """Name the cells of a study that are not finished."""
+        """Name the cells of a study that are not finished in all of its settings."""
         wanted = [
-            name for by_env in study.cells.values() for by_seed in by_env.values()
+            (name, env)
+            for by_env in study.cells.values()
+            for env, by_seed in by_env.items()
             for name in by_seed.values()
-        ]  # fmt: skip
-        return [name for name in dict.fromkeys([study.warmup, *wanted]) if name not in self.records]
+        ]
+        wanted += [(study.warmup, env) for env in study.settings]
+        return list(
+            dict.fromkeys(name for name, env in wanted if self.measured(study, name, env) is None)
+        )
+
+    def measured(self, study: StudyRecord, name: str, env: str) -> RunRecord | None:
+        """Find the record of a cell if it was measured in a setting, on the study's episodes.
+
+        Numbers of other episodes are not compared, so such a record stands for nothing here.
+        """
+        record = self.records.get(name)
+        found = [] if record is None else [record.outcome(env, split) for split in SPLITS]
+        if not found or any(
+            outcomes is None or (study.episodes and outcomes.episodes != study.episodes)
+            for outcomes in found
+        ):
+            return None
+        return record
 
 
 def is_results(folder: Path) -> bool:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -127,6 +128,38 @@ def paired_difference(
     closed = max(-1.0, centre - half), min(1.0, centre + half)
     low, high = _widest(difference.mean(1), draws, closed, level)
     return Estimate(float(difference.mean()), low, high, *difference.shape)
+
+
+def paired_mean_difference(
+    differences: Sequence[Real[np.ndarray, "S N"]], weights: Sequence[float], level: float = 0.95
+) -> Estimate:
+    """Weighted mean of paired differences on several sets of episodes, by the same seeds.
+
+    Args:
+        differences: Outcomes minus the baseline's, one table per set; row s is always seed s.
+        weights: Of the sets; they add up to 1.
+        level: Of the interval.
+
+    Raises:
+        ValueError: If there is not one weight per table, or the numbers of seeds differ.
+    """
+    if len(differences) != len(weights) or len({len(table) for table in differences}) != 1:
+        raise ValueError("expected one weight per table, and tables of the same seeds")
+    pairs = list(zip(weights, differences, strict=True))
+    draws = np.sum(
+        [
+            weight * bootstrap(table, f"episodes {number}", RESAMPLES)
+            for number, (weight, table) in enumerate(pairs)
+        ],
+        axis=0,
+    )
+    closed = [(weight, *bonett_price(table)) for weight, table in pairs]
+    centre = sum(weight * value for weight, value, _ in closed)
+    half = _normal_quantile(level) * math.hypot(*(weight * error for weight, _, error in closed))
+    values = np.sum([weight * table.mean(axis=1) for weight, table in pairs], axis=0)
+    low, high = _widest(values, draws, (max(-1.0, centre - half), min(1.0, centre + half)), level)
+    episodes = sum(table.shape[1] for table in differences)
+    return Estimate(float(values.mean()), low, high, len(values), episodes)
 
 
 def unpaired_difference(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -56,16 +56,28 @@ def is_finished(cell: Cell, grid: Grid) -> bool:
     """Whether a cell's record is there and says all that is asked of it.
 
     Raises:
-        UserError: If the record is damaged or was changed by hand.
+        UserError: If the record is damaged or was changed by hand, or is of more episodes than are
+            asked for: they would be lost.
     """
-    path = grid.root / "records" / f"{cell.name}.json"
-    if not path.exists():
+    record = _known(cell, grid)
+    if record is None:
         return False
-    record = read_record(path)
+    asked = grid.budget.episodes
     measured = {(o.env, o.split): o.episodes for o in record.outcomes}
-    drawn = {(point.env, point.split) for point in record.curve}
-    wanted = {(env, split) for env in cell.envs for split in SPLITS}
-    return wanted <= drawn and all(measured.get(key) == grid.budget.episodes for key in wanted)
+    most = max(measured.values(), default=0)
+    if most > asked:
+        raise UserError(
+            f"{_path(cell, grid)} holds {most} episodes of a set and {asked} are asked for: ask "
+            f"for --episodes {most}, or choose another --output"
+        )
+    drawn = {(p.env, p.split, p.iteration, p.episodes) for p in record.curve}
+    wanted = [(env, split) for env in cell.envs for split in SPLITS]
+    points = {
+        (*key, iteration, grid.budget.curve_episodes)
+        for key in wanted
+        for iteration in cell.curve or (0,)
+    }
+    return points <= drawn and all(measured.get(key) == asked for key in wanted)
 
 
 def run_cell(cell: Cell, grid: Grid, origin: Origin) -> None:
@@ -76,6 +88,11 @@ def run_cell(cell: Cell, grid: Grid, origin: Origin) -> None:
     """
     folder = grid.folder(cell.name)
     experiment = cell.experiment
+    known = _known(cell, grid)
+    if known is not None:
+        # Another study has measured it in settings of its own: they stay.
+        envs = {*cell.envs, *(outcomes.env for outcomes in known.outcomes)}
+        cell = replace(cell, envs=tuple(env for env in SETTINGS if env in envs))
     if experiment is None:
         if grid.warm_up is not None:
             ensure_warm_up(grid.warm_up)
@@ -86,6 +103,15 @@ def run_cell(cell: Cell, grid: Grid, origin: Origin) -> None:
     outcomes = tuple(measuring.final())
     curve = tuple(measuring.curve())
     write_record(_record(cell, grid, origin, folder, outcomes, curve), grid.root / "records")
+
+
+def _path(cell: Cell, grid: Grid) -> Path:
+    return grid.root / "records" / f"{cell.name}.json"
+
+
+def _known(cell: Cell, grid: Grid) -> RunRecord | None:
+    path = _path(cell, grid)
+    return read_record(path) if path.exists() else None
 
 
 class _Measuring:
@@ -140,7 +166,11 @@ class _Measuring:
     ) -> Evaluation:
         found = find_evaluation(folder, env, split)
         iteration = None if checkpoint is None else trained(checkpoint)[0]
-        if found is not None and (found.episodes, found.iteration) == (episodes, iteration):
+        target = self._grid.root / "films" / f"{self._cell.name}_{env}.npz"
+        wanted = (episodes, iteration)
+        # Without its film, a result was cut off between the two: both are made again.
+        filmed = not film or target.exists()
+        if filmed and found is not None and (found.episodes, found.iteration) == wanted:
             return found
         experiment = self._experiment
         result = evaluate(
@@ -159,7 +189,6 @@ class _Measuring:
             result = attribute(result, checkpoint, base=self._folder)
         path = write_evaluation(result, folder)
         if film:
-            target = self._grid.root / "films" / f"{self._cell.name}_{env}.npz"
             target.parent.mkdir(parents=True, exist_ok=True)
             film_path(path).replace(target)
         return result

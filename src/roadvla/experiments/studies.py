@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,7 +15,7 @@ from roadvla.errors import UserError, unknown_name
 from roadvla.evaluation.machine import source_commit, usable_device
 from roadvla.evaluation.results import read_results, write_study
 from roadvla.experiments.budgets import BUDGETS, base_experiment
-from roadvla.experiments.cell import Origin
+from roadvla.experiments.cell import Origin, is_finished
 from roadvla.experiments.executors import Executor, LocalProcesses, RayCluster
 from roadvla.experiments.grid import Grid, build_grid
 from roadvla.experiments.paper_studies import STUDIES
@@ -81,15 +82,17 @@ def run_studies(request: StudyRequest) -> Path:
         if value is not None and value < 1:
             raise UserError(f"{name} is {value}: expected 1 or more")
     usable_device(request.device)
-    grid = _grid(request, root, command)
+    grid = _grid(request, root)
     with continued_by(command), locked(grid.root):
+        for cell in grid.cells.values():
+            is_finished(cell, grid)  # refuses what does not fit before anything is written
         for study in grid.studies:
             write_study(study, grid.root / "studies")
         try:
             run_grid(grid, _executor(request), Origin(command=command, commit=source_commit()))
         except UserError:
             # What is finished is worth a look, whatever became of the rest.
-            if (grid.root / "records").is_dir():
+            with suppress(UserError):
                 _write_page(grid, command)
             raise
         return _write_page(grid, command)
@@ -101,7 +104,7 @@ def _write_page(grid: Grid, command: str) -> Path:
     return page
 
 
-def _grid(request: StudyRequest, root: Path, command: str) -> Grid:
+def _grid(request: StudyRequest, root: Path) -> Grid:
     names = tuple(STUDIES) if request.names == ("all",) else request.names
     if not names:
         raise UserError(f"no study is named: known are all, {', '.join(STUDIES)}")
@@ -124,7 +127,7 @@ def _grid(request: StudyRequest, root: Path, command: str) -> Grid:
         budget=budget,
         seeds=request.seeds or budget.seeds,
         root=root,
-        command=command,
+        command=_command(replace(request, only=(), settings=()), root),
         only=request.only,
         settings=request.settings,
     )

@@ -86,10 +86,12 @@ def adaptation(
     name = f"{study.name}-{what}-{split}"
     width = 3.3 * columns + 0.6
     svg, files = draw(name, (rows, columns), (width, 2.9 * rows), paint, folder, sharey=True)
+    counts = sorted(_episodes(results, study, settings, split))
     label = "Success" if what == "success" else "Episodes with a grasp of the right object"
     caption = (
         f"{label} during adaptation, {_SPLITS[split]}: mean over seeds, shaded one standard "
-        f"deviation; the first point is the warm-up all start from."
+        f"deviation; the first point is the warm-up all start from. Each point is of "
+        f"{' or '.join(map(str, counts))} episodes, fewer than the final evaluations have."
     )
     return html.figure(svg, caption, _said(results, study, settings, split, what), files)
 
@@ -166,6 +168,20 @@ def settled(results: Results, study: StudyRecord, split: str = "test") -> str:
         f"of fewer episodes than the final evaluations."
     )
     return html.table(caption, head, rows, sortable=True) if rows else ""
+
+
+def _episodes(
+    results: Results, study: StudyRecord, settings: Sequence[str], split: str
+) -> set[int]:
+    """How many episodes the points of the curves are of."""
+    return {
+        point.episodes
+        for setting in settings
+        for method in study.methods
+        for record in cells(results, study, method, setting).values()
+        for point in record.curve
+        if (point.env, point.split) == (setting, split)
+    }
 
 
 def _points(record: RunRecord, setting: str, split: str, what: str) -> list[tuple[int, float]]:

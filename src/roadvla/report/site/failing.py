@@ -117,10 +117,15 @@ def told(results: Results, study: StudyRecord, methods: Sequence[str]) -> list[s
         for method in methods:
             found = shares(cells(results, study, method, setting), setting, "test")
             if found is not None:
-                share, worst = max((s, m) for m, s in found.items() if m != "success")
-                parts.append(f"{method} {WORDS[worst]} ({100 * share:.0f} %)")
+                failed = {mode: share for mode, share in found.items() if mode != "success"}
+                share, worst = max((s, m) for m, s in failed.items())
+                of_failures = 100 * share / sum(failed.values()) if share else 0
+                parts.append(f"{method} {WORDS[worst]} ({of_failures:.0f} %)")
         if parts:
-            lines.append(f"{setting}: most failures are {'; '.join(parts)}.")
+            lines.append(
+                f"{setting}: the commonest failure, and its share of all failures: "
+                f"{'; '.join(parts)}."
+            )
     return lines
 
 

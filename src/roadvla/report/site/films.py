@@ -19,7 +19,10 @@ _EPISODES = 2
 
 
 def players(results: Results, study: StudyRecord, methods: Sequence[str]) -> str:
-    """One player per setting and episode, for the first seed that both methods were filmed with."""
+    """One player per setting and episode, for the first seed that both methods were filmed with.
+
+    They are the first episodes of each set, whatever became of them.
+    """
     shown = []
     for setting in study.settings:
         for seed in study.seeds:

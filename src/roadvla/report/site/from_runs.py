@@ -51,7 +51,7 @@ def results_of(runs: Sequence[Run], summary: Summary, *, command: str | None) ->
         "settings": tuple(settings),
         "seeds": seeds,
         "budget": "",
-        "episodes": max(e.episodes for run in adapted for e in run.evaluations.values()),
+        "episodes": 0,
         "command": command or "",
         "cells": {m: {s: _cells(adapted, names, m, s) for s in settings} for m in methods},
         "warmup": "" if warm is None else names[id(warm)],

@@ -23,6 +23,7 @@ from roadvla.evaluation.stats import (
     Estimate,
     mean_and_std,
     paired_difference,
+    paired_mean_difference,
     seed_interval,
     unpaired_difference,
 )
@@ -96,8 +97,8 @@ def cells(results: Results, study: StudyRecord, method: str, setting: str) -> di
     """Finished records of a method in a setting, by seed."""
     found = {}
     for seed, name in study.cells[method][setting].items():
-        record = results.records.get(name)
-        if record is not None and record.outcome(setting, "test") is not None:
+        record = results.measured(study, name, setting)
+        if record is not None:
             found[int(seed)] = record
     return found
 
@@ -128,7 +129,7 @@ def entries(results: Results, study: StudyRecord, *, p_values: bool = False) -> 
         for setting in study.settings
         for method in study.methods
     ]
-    return _adjusted(made) if p_values else made
+    return _adjusted(made, len(study.settings)) if p_values else made
 
 
 def overall(results: Results, study: StudyRecord) -> list[Overall]:
@@ -148,6 +149,11 @@ def overall(results: Results, study: StudyRecord) -> list[Overall]:
         for method in study.methods
         for split in SPLITS
     }
+    for place in range(len(study.settings)):
+        for split in SPLITS:
+            fewest = min(tables[method, split][place].shape[1] for method in study.methods)
+            for method in study.methods:
+                tables[method, split][place] = tables[method, split][place][:, :fewest]
     groups = _sharing(study, kept)
     return [_overall(method, study.baseline, tables, groups) for method in study.methods]
 
@@ -242,12 +248,14 @@ def _paired(
     return first[:, :count].astype(float), second[:, :count].astype(float)
 
 
-def _adjusted(made: list[Entry]) -> list[Entry]:
-    """Correct for as many comparisons as a method makes over the settings, split by split."""
+def _adjusted(made: list[Entry], comparisons: int) -> list[Entry]:
+    """Correct for all comparisons that a method makes over the settings, also those to come."""
     for method in dict.fromkeys(entry.method for entry in made):
         for split in SPLITS:
             compared = [e for e in made if e.method == method and split in e.p]
-            for entry, p in zip(compared, holm([e.p[split] for e in compared]), strict=True):
+            for entry, p in zip(
+                compared, holm([e.p[split] for e in compared], comparisons), strict=True
+            ):
                 entry.adjusted[split] = p
     return made
 
@@ -278,13 +286,34 @@ def _overall(
         made.iqm[split] = iqm_interval(ours, groups)
         if method == baseline:
             continue
-        first, second = (
-            np.concatenate(tables[name, split], axis=1).astype(float) for name in (method, baseline)
-        )
-        made.versus[split] = paired_difference(first, second)
+        pooled = _pooled(tables[method, split], tables[baseline, split], groups)
+        made.versus[split] = paired_mean_difference(*pooled)
         made.iqm_versus[split] = iqm_difference(ours, theirs, groups)
         made.improvement[split] = probability_of_improvement(ours, theirs, groups)
     return made
+
+
+def _pooled(
+    ours: list[np.ndarray], theirs: list[np.ndarray], groups: list[int]
+) -> tuple[list[np.ndarray], list[float]]:
+    """Differences of each set of episodes, and for how many settings it stands.
+
+    Settings that share their runs and their episodes, as four do in distribution, have the same
+    table: it is one measurement, not four.
+    """
+    kept: dict[int, int] = {}
+    for place, group in enumerate(groups):
+        twins = (
+            before
+            for before in kept
+            if groups[before] == group
+            and np.array_equal(ours[before], ours[place])
+            and np.array_equal(theirs[before], theirs[place])
+        )
+        first = next(twins, place)
+        kept[first] = kept.get(first, 0) + 1
+    differences = [ours[place].astype(float) - theirs[place] for place in kept]
+    return differences, [count / len(groups) for count in kept.values()]
 
 
 def _rates(tables: list[np.ndarray]) -> Float[np.ndarray, "M S"]:

@@ -27,7 +27,7 @@ def cost(results: Results, study: StudyRecord, folder: Path) -> str:
         if found:
             rows.append((method, found, {p: _median(found.values(), f"time/{p}") for p in _PHASES}))
     if not rows:
-        return ""
+        return html.paragraph("Not run yet: nothing here says what a method costs.", "note")
 
     def paint(axes: np.ndarray) -> None:
         axis = axes[0, 0]
@@ -111,12 +111,13 @@ def provenance(results: Results) -> str:
                 html.text(record.commit or "–"),
                 html.text(record.machine),
                 html.text(record.started[:16].replace("T", " ")),
+                f"<code>{html.text(record.command or '–')}</code>",
                 f"<details><summary>settings</summary><pre>{html.text(_config(record))}</pre></details>",
             ]
         )
     head = [
         "Record", "Seed", "Steps", "Episodes a set", "Commit", "Machine", "Started (UTC)",
-        "Configuration",
+        "Command", "Configuration",
     ]  # fmt: skip
     return html.table("Every run behind this page", head, rows, sortable=True)
 

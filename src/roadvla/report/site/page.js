@@ -21,8 +21,9 @@
     const cell = row.cells[column];
     const marked = cell.querySelector("[data-sort]");
     const text = marked ? marked.dataset.sort : cell.textContent.replace(/,/g, "");
-    const number = parseFloat(text);
-    return Number.isNaN(number) ? (marked || column === 0 ? text : -Infinity) : number;
+    // A date or a commit begins with a digit and is none the less no number.
+    const number = text.trim() === "" ? NaN : Number(text.trim().replace(/ ?%$/, ""));
+    return Number.isNaN(number) ? text : number;
   };
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = table.tHead.rows[table.tHead.rows.length - 1].cells;
@@ -38,8 +39,11 @@
         const body = table.tBodies[0];
         const rows = [...body.rows].sort((a, b) => {
           const x = key(a, column), y = key(b, column);
-          const order = typeof x === "number" && typeof y === "number"
-            ? x - y : String(x).localeCompare(String(y));
+          const numeric = typeof x === "number" && typeof y === "number";
+          // Numbers stand apart from what has none, such as a row that was not run.
+          const order = typeof x === typeof y
+            ? (numeric ? x - y : x.localeCompare(y))
+            : (typeof x === "number" ? 1 : -1);
           return down ? -order : order;
         });
         body.replaceChildren(...rows);
