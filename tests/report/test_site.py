@@ -18,7 +18,7 @@ from results_factory import SEEDS, SETTINGS, outcomes, record, study, write_resu
 from roadvla.cli import main
 from roadvla.evaluation.aggregate import iqm_interval
 from roadvla.evaluation.records import write_record
-from roadvla.evaluation.results import read_results
+from roadvla.evaluation.results import read_results, write_study
 from roadvla.evaluation.stats import Estimate
 from roadvla.report.site import write_page
 from roadvla.report.site.failing import shares, told
@@ -32,6 +32,7 @@ from roadvla.report.site.numbers import (
     verdict,
 )
 from roadvla.report.site.tables import overall_table
+from roadvla.report.site.tuned import rivals, said
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ALL = ("table1", "table2", "alpha", "dynamics", "grasp", "failures", "readings", "cost")
@@ -252,6 +253,59 @@ def test_a_record_that_was_only_needed_is_not_measured(tmp_path):
     made = record("ppo", "CR-MultiObject", 0, (0.6, 0.4), outcomes=())
     write_record(made, root / "records")
     assert read_results(root).missing(study()) == ["ppo-CR-MultiObject-seed0"]
+
+
+def _readings(tmp_path, methods):
+    """A study of one setting: rate, own steps, steps before, and whether it is plain PPO."""
+    for name, (rate, steps, before, plain) in methods.items():
+        algorithm = {
+            "algo": "ppo", "surrogate_advantage": "int", "control": "none",
+            "reference_critic": None if plain else "somewhere",
+        }  # fmt: skip
+        for seed in SEEDS:
+            made = record(name, SETTINGS[0], seed, (rate, rate), config={"algorithm": algorithm})
+            made = replace(made, env_steps=steps, extra_env_steps=before)
+            write_record(made, tmp_path / "records")
+    cells_of = {
+        m: {SETTINGS[0]: {str(s): f"{m}-{SETTINGS[0]}-seed{s}" for s in SEEDS}} for m in methods
+    }
+    asked = study("readings", methods=tuple(methods), settings=SETTINGS[:1], cells=cells_of)
+    write_study(asked, tmp_path / "studies")
+    return read_results(tmp_path), asked
+
+
+def test_readings_meet_the_best_ppo_of_as_many_steps(tmp_path):
+    results, asked = _readings(
+        tmp_path,
+        {
+            "ppo": (0.40, 100, 0, True),
+            "ppo-rate": (0.45, 100, 0, True),
+            "ppo-double": (0.60, 200, 0, True),
+            "mix": (0.65, 100, 100, False),
+            "start": (0.30, 60, 40, False),
+        },
+    )
+    own = {row.method: row for row in rivals(results, asked, in_all=False)}
+    assert {m: (r.against, r.steps) for m, r in own.items()} == {"mix": ("ppo-rate", 100)}
+    in_all = {row.method: row for row in rivals(results, asked, in_all=True)}
+    assert {m: (r.against, r.steps) for m, r in in_all.items()} == {
+        "mix": ("ppo-double", 200),
+        "start": ("ppo-rate", 100),
+    }
+    assert in_all["mix"].versus["test"].mean == pytest.approx(0.05, abs=0.04)
+    assert in_all["start"].versus["test"].sign == -1
+    # Two rows: the smaller p counts twice.
+    p = {
+        e.method: e.p["test"]
+        for e in entries(results, replace(asked, baseline="ppo-rate"), p_values=True)
+        if e.p
+    }
+    assert in_all["start"].adjusted["test"] >= min(1, 2 * p["start"]) - 1e-9
+    assert "of 2 readings" in said(list(in_all.values())).lower()
+    page = write_page(results, tmp_path / "report")
+    assert "best plain PPO of as many steps in all" in page.read_text()
+    told = (tmp_path / "report" / "tables" / "readings-tuned-all-steps.md").read_text()
+    assert "| mix | ppo-double | 200 |" in told
 
 
 def test_runs_that_several_settings_share_are_one_measurement():

@@ -52,8 +52,8 @@ def overall_table(rows: Sequence[Overall], baseline: str) -> str:
         line = [html.text(row.method)]
         line += [_spread(row.mean[split]) for split in SPLITS]
         line += [_estimate(row.iqm[split]) for split in SPLITS]
-        line += [_difference(row.versus.get(split)) for split in SPLITS]
-        line += [_difference(row.iqm_versus.get(split)) for split in SPLITS]
+        line += [difference(row.versus.get(split)) for split in SPLITS]
+        line += [difference(row.iqm_versus.get(split)) for split in SPLITS]
         line += [_improvement(row.improvement.get(split)) for split in SPLITS]
         body.append(line)
     head = ["Method", *(NAMES[split] for _ in range(5) for split in SPLITS)]
@@ -154,7 +154,8 @@ def _marked(sign: int) -> str:
     return f'<span class="mark" title="{words}">{mark}</span>'
 
 
-def _difference(estimate: Estimate | None, p: float | None = None) -> str:
+def difference(estimate: Estimate | None, p: float | None = None) -> str:
+    """Spell a paired difference in points with mark, interval and p-value, as HTML."""
     if estimate is None:
         return "–"
     tail = "" if p is None else f' <span class="p">p = {p:.2g}</span>'
@@ -166,7 +167,7 @@ def _difference(estimate: Estimate | None, p: float | None = None) -> str:
 
 
 def _versus(entry: Entry, split: str) -> str:
-    return _difference(entry.versus.get(split), entry.adjusted.get(split))
+    return difference(entry.versus.get(split), entry.adjusted.get(split))
 
 
 def _unmarked(estimate: Estimate | None) -> str:
@@ -220,10 +221,13 @@ def _plain(rate: Estimate | None, spread: tuple[float, float] | None) -> str:
 
 def _plain_difference(entry: Entry, split: str) -> str:
     estimate = entry.versus.get(split)
-    if estimate is None:
-        return "–"
-    p = f", p {entry.adjusted[split]:.2g}" if split in entry.adjusted else ""
-    return f"{100 * estimate.mean:+.1f} [{interval(estimate, sign=True)}]{p}{_mark(estimate)}"
+    return "–" if estimate is None else plain_difference(estimate, entry.adjusted.get(split))
+
+
+def plain_difference(estimate: Estimate, p: float | None = None) -> str:
+    """Spell a paired difference in points with interval, p-value and mark, as Markdown."""
+    known = "" if p is None else f", p {p:.2g}"
+    return f"{100 * estimate.mean:+.1f} [{interval(estimate, sign=True)}]{known}{_mark(estimate)}"
 
 
 def _mark(estimate: Estimate) -> str:

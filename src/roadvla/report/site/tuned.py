@@ -1,0 +1,155 @@
+"""Every reading against a PPO that was tuned: of as many own steps, and of as many steps in all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from roadvla.evaluation.aggregate import holm
+from roadvla.evaluation.evaluate import SPLITS
+from roadvla.evaluation.records import RunRecord
+from roadvla.evaluation.results import Results, StudyRecord
+from roadvla.evaluation.stats import Estimate
+from roadvla.report.site import html
+from roadvla.report.site.numbers import Entry, cells, entries
+from roadvla.report.site.tables import NAMES, difference, plain_difference
+
+_PLAIN = {"algo": "ppo", "surrogate_advantage": "int", "control": "none", "reference_critic": None}
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A reading beside the best plain PPO of some number of steps.
+
+    Attributes:
+        setting: By paper alias.
+        method: The reading.
+        against: The PPO.
+        steps: Of the comparison.
+        versus: Difference on the same episodes by split.
+        adjusted: p by split, after Holm's correction over all rows of the table.
+    """
+
+    setting: str
+    method: str
+    against: str
+    steps: int
+    versus: dict[str, Estimate]
+    adjusted: dict[str, float]
+
+
+def rivals(results: Results, study: StudyRecord, *, in_all: bool) -> list[Rival]:
+    """Compare each finished method that is no plain PPO with the best plain PPO of as many steps.
+
+    Best is by success out of distribution on the very episodes that are compared, which favours
+    PPO: a reading that wins against it wins against PPO tuned with hindsight.
+
+    Args:
+        results: All records.
+        study: Which.
+        in_all: Whether steps that a critic or start had taken before count, on both sides.
+    """
+    found = [
+        pair
+        for setting in study.settings
+        for pair in _in_setting(results, replace(study, settings=(setting,)), in_all=in_all)
+    ]
+    adjusted = {split: holm([entry.p[split] for entry, _, _ in found]) for split in SPLITS}
+    return [
+        Rival(
+            setting=entry.setting,
+            method=entry.method,
+            against=against,
+            steps=steps,
+            versus=entry.versus,
+            adjusted={split: adjusted[split][i] for split in SPLITS},
+        )
+        for i, (entry, against, steps) in enumerate(found)
+    ]
+
+
+def _in_setting(
+    results: Results, study: StudyRecord, *, in_all: bool
+) -> list[tuple[Entry, str, int]]:
+    """Rows of the methods that are no plain PPO, the PPO each is compared with, and their steps."""
+    (setting,) = study.settings
+    rows = {entry.method: entry for entry in entries(results, study) if entry.complete}
+    plain = {
+        name
+        for name in rows
+        if all(_is_plain(record) for record in cells(results, study, name, setting).values())
+    }
+    best: dict[int, str] = {}
+    for name in sorted(plain, key=lambda name: rows[name].rate["test"].mean):
+        best[_steps(rows[name], in_all=in_all)] = name
+    found = []
+    for steps, against in best.items():
+        ours = [
+            name
+            for name, row in rows.items()
+            if name not in plain and _steps(row, in_all=in_all) == steps
+        ]
+        compared = replace(study, baseline=against, methods=(against, *ours))
+        found += [
+            (entry, against, steps)
+            for entry in entries(results, compared, p_values=True)
+            if entry.method != against
+        ]
+    return found
+
+
+def tuned_table(rows: Sequence[Rival], *, in_all: bool) -> str:
+    """The comparison as a table, and in a sentence what it establishes."""
+    if not rows:
+        return ""
+    body = [
+        [
+            f"{html.text(row.setting)}, <b>{html.text(row.method)}</b>",
+            html.text(row.against),
+            f"{row.steps:,}",
+            *(difference(row.versus[split], row.adjusted[split]) for split in SPLITS),
+        ]
+        for row in rows
+    ]
+    counted = "in all, those of its critic or start with them" if in_all else "of its own training"
+    caption = (
+        f"Each reading − the best plain PPO of as many steps {counted}. The PPO (epochs, rate, KL "
+        f"stop, length) is chosen by these same episodes out of distribution, which favours it. ▲ "
+        f"and ▼: the 95 % interval excludes zero; p is Holm-adjusted over the rows."
+    )
+    head = ["Setting, method", "PPO", "Steps", *(NAMES[split] for split in SPLITS)]
+    return html.table(caption, head, body, sortable=True) + html.paragraph(said(rows), "verdict")
+
+
+def said(rows: Sequence[Rival]) -> str:
+    """Count what the intervals establish, with and without the correction."""
+    parts = []
+    for split, where in (("test", "out of distribution"), ("train", "in distribution")):
+        up = [row for row in rows if row.versus[split].sign > 0]
+        down = [row for row in rows if row.versus[split].sign < 0]
+        kept = [row.method for row in up if row.adjusted[split] <= 0.05]
+        names = f" ({', '.join(row.method for row in up)})" if up else ""
+        parts.append(
+            f"{where} {len(up)} better{names}, of which {len(kept)} after Holm's correction, and "
+            f"{len(down)} worse"
+        )
+    return f"Of {len(rows)} readings, {'; '.join(parts)}."
+
+
+def tuned_markdown(rows: Sequence[Rival]) -> str:
+    """The same as Markdown."""
+    lines = ["| Setting | Method | PPO | Steps | ID | OOD |", "|---" * 6 + "|"]
+    for row in rows:
+        values = [plain_difference(row.versus[split], row.adjusted[split]) for split in SPLITS]
+        about = f"{row.setting} | {row.method} | {row.against} | {row.steps:,}"
+        lines.append(f"| {about} | {' | '.join(values)} |")
+    return "\n".join([*lines, "", said(rows)]) + "\n"
+
+
+def _is_plain(record: RunRecord) -> bool:
+    algorithm = record.config.get("algorithm", {})
+    return all(algorithm.get(name) == value for name, value in _PLAIN.items())
+
+
+def _steps(entry: Entry, *, in_all: bool) -> int:
+    return entry.env_steps + (entry.extra_env_steps if in_all else 0)
