@@ -256,3 +256,15 @@ def test_evaluations_carry_modes_and_files_keep_them(tmp_path):
 def test_modes_are_distinct():
     assert len(set(MODES)) == len(MODES)
     assert np.array_equal(np.argsort(MODES).argsort().shape, (len(MODES),))
+
+
+@pytest.mark.parametrize(("shift", "mode"), [(0.04, "wrong_object"), (0.02, "no_grasp")])
+def test_another_object_pushed_about_without_a_grasp(shift, mode):
+    start = Puppet("CR-MultiObject").env.snapshot()
+    objects = start.objects.clone()
+    objects[:, 1, 0] += shift
+    log, never = EventLog(start), torch.zeros(4, dtype=torch.bool)
+    log.note(replace(start, objects=objects), never)
+    modes, events = log.outcome(never, never)
+    assert [MODES[i] for i in modes] == [mode] * 4
+    assert events["other"].tolist() == [int(mode == "wrong_object")] * 4

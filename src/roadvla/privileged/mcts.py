@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from roadvla.envs.base import Snapshot
@@ -24,6 +24,7 @@ CAPACITY = 20_000
 """Nodes kept; the least visited go first, of those the oldest."""
 
 _APART = 0.3  # metres that a different grasp or gripper is worth: more than any distance at work
+_DISTANCES = 2**24  # computed at a time: 64 MB, whatever the number of environments
 _FEATURES = 8
 _ACTION = 7
 
@@ -140,14 +141,18 @@ class SuccessTree:
         """
         if not self.size:
             raise ValueError("the tree is empty: no rollout has succeeded yet")
+        rows = max(1, _DISTANCES // self.size)
+        best = torch.cat([self._nearest(some) for some in features.split(rows)])
+        return self.action[best], self.q[best]
+
+    def _nearest(self, features: Float[Tensor, "B 8"]) -> Int64[Tensor, " B"]:
         distance = torch.cdist(
             features.to(self.features.dtype),
             self.features,
             compute_mode="donot_use_mm_for_euclid_dist",
         )
         nearest = distance.min(dim=1, keepdim=True).values
-        best = torch.where(distance <= nearest, self.q, -torch.inf).argmax(dim=1)
-        return self.action[best], self.q[best]
+        return torch.where(distance <= nearest, self.q, -torch.inf).argmax(dim=1)
 
     def tensors(self) -> dict[str, Tensor]:
         """Take it apart, for a checkpoint."""
