@@ -308,6 +308,17 @@ def test_readings_meet_the_best_ppo_of_as_many_steps(tmp_path):
     assert "| mix | ppo-double | 200 |" in told
 
 
+def test_a_method_of_two_versions_is_refused_and_of_two_commits_told(tmp_path, capsys):
+    root = write_results(tmp_path)
+    other = record("road", "CR-MultiObject", 1, (0.7, 0.5))
+    write_record(replace(other, commit="fedcba654321"), root / "records")
+    text = write_page(read_results(root), tmp_path / "report").read_text()
+    assert "Seeds of one method by several commits: road." in text
+    write_record(replace(other, version="0.2.0"), root / "records")
+    assert main(["report", str(root)]) == 2
+    assert "are runs of one method by roadvla 0.1.0 and 0.2.0" in capsys.readouterr().err
+
+
 def test_runs_that_several_settings_share_are_one_measurement():
     ours, theirs = np.ones((2, 10), bool), np.zeros((2, 10), bool)
     other = np.eye(2, 10, dtype=bool)

@@ -209,8 +209,10 @@ def check_comparable(records: Iterable[RunRecord]) -> None:
     """Refuse results of episodes that are not the same.
 
     Raises:
-        UserError: If simulator, episode-defining code or sampling differ between records.
+        UserError: If simulator, episode-defining code or sampling differ between records, or the
+            version of roadvla between runs of one method, which are averaged over.
     """
+    versions: dict[str, RunRecord] = {}
     first: RunRecord | None = None
     sampling: dict[tuple[str, str], tuple[RunRecord, Outcomes]] = {}
     for record in records:
@@ -223,6 +225,13 @@ def check_comparable(records: Iterable[RunRecord]) -> None:
                     f"environments ({what} {theirs}, {ours}): their episodes differ; run the study "
                     f"again in another folder"
                 )
+        alike = versions.setdefault(record.method, record)
+        if alike.version != record.version:
+            raise UserError(
+                f"{alike.name} and {record.name} are runs of one method by roadvla {alike.version} "
+                f"and {record.version}: they are not averaged over; run the method again in "
+                f"another folder"
+            )
         for outcomes in record.outcomes:
             other, theirs = sampling.setdefault((outcomes.env, outcomes.split), (record, outcomes))
             for what in ("temperature", "horizon", "seed", "simulator"):

@@ -86,6 +86,9 @@ def warnings(results: Results) -> list[str]:
         values = sorted({getattr(r, what) or "unknown" for r in records})
         if len(values) > 1:
             said.append(f"The runs were made by several {label}: {', '.join(values)}.")
+    mixed = sorted({r.method for r in records if len(_commits(records, r.method)) > 1})
+    if mixed:
+        said.append(f"Seeds of one method by several commits: {', '.join(mixed)}.")
     if any(r.commit.endswith("+") for r in records):
         said.append("Some runs were made by a source tree with changes that no commit holds (+).")
     machines = {r.machine for r in records}
@@ -141,6 +144,10 @@ def summary(results: Results) -> list[str]:
             f"temperature of the evaluations: {temperatures}; horizons: {horizons} steps"
         )
     return lines
+
+
+def _commits(records: Iterable[RunRecord], method: str) -> set[str]:
+    return {record.commit for record in records if record.method == method}
 
 
 def _config(record: RunRecord) -> str:
