@@ -112,13 +112,21 @@ def tuned_table(rows: Sequence[Rival], *, in_all: bool) -> str:
         for row in rows
     ]
     counted = "in all, those of its critic or start with them" if in_all else "of its own training"
-    caption = (
+    about = (
         f"Each reading − the best plain PPO of as many steps {counted}. The PPO (epochs, rate, KL "
-        f"stop, length) is chosen by these same episodes out of distribution, which favours it. ▲ "
-        f"and ▼: the 95 % interval excludes zero; p is Holm-adjusted over the rows."
+        f"stop, length) is chosen by these same episodes out of distribution, which favours it."
+    )
+    caption = (
+        "Differences in points. ▲ and ▼: the 95 % interval excludes zero; p is Holm-adjusted over "
+        "the rows."
     )
     head = ["Setting, method", "PPO", "Steps", *(NAMES[split] for split in SPLITS)]
-    return html.table(caption, head, body, sortable=True) + html.paragraph(said(rows), "verdict")
+    table = html.table(caption, head, body, sortable=True)
+    return (
+        html.paragraph(about)
+        + html.paragraph(said(rows))
+        + f"<details><summary>All {len(rows)} rows</summary>{table}</details>"
+    )
 
 
 def said(rows: Sequence[Rival]) -> str:
