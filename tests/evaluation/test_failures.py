@@ -29,7 +29,8 @@ class Puppet:
     def __init__(self, env="VR-UnseenTable", split="train", ids=(0, 1, 2, 3)):
         self.env = make_env(env, split=split, num_envs=len(ids), sim="tabletop", device="cpu")
         self.env.reset(torch.tensor(ids))
-        self.log = EventLog(self.env.snapshot())
+        moved = self.env.distribution.reposition_step
+        self.log = EventLog(self.env.snapshot(), moved)
         self.left = self.env.horizon
         self.info = {}
 
@@ -138,13 +139,64 @@ def test_no_grasp():
 
 
 def test_drift_is_to_where_receptacles_usually_are():
-    puppet = Puppet().grasp()
-    # Nearer to the centre than to the receptacle, whether let go or not.
-    middle = puppet.goal * 0.3
-    lift(puppet, 0.03).to(middle, CLOSED)
-    assert puppet.end()[0] == ["drift"] * 4
-    puppet = Puppet().grasp()
-    assert lift(puppet, 0.03).to(middle, CLOSED).end(CLOSED)[0] == ["drift"] * 4
+    for gripper in (OPEN, CLOSED):  # whether let go or not
+        puppet = Puppet().grasp()
+        start = puppet.env.snapshot()
+        usual = start.usual_place.expand(4, 2)
+        assert ((start.objects[:, 0, :2] - usual).norm(dim=1) > 0.04).all()
+        assert lift(puppet, 0.03).to(usual, CLOSED).end(gripper)[0] == ["drift"] * 4
+
+
+@pytest.mark.parametrize(
+    ("end", "mode"),
+    [
+        ((0.10, 0.00), "drift"),  # 14.4 cm nearer to the usual place, 5.6 cm nearer to the goal
+        ((0.145, 0.14), "drop"),  # 4.3 cm and 4.7 cm, though the usual place is the nearer one
+        ((0.13, 0.19), "drop"),  # 1.4 cm
+    ],
+)
+def test_drift_comes_nearer_to_the_usual_place_and_more_so_than_to_the_goal(end, mode):
+    start = Puppet().env.snapshot()
+    objects, receptacles = torch.zeros(4, 1, 3), torch.zeros(4, 1, 3)
+    receptacles[:, 0, 0] = 0.30
+    objects[:, 0, :2] = torch.tensor([0.14, 0.20])
+    start = replace(start, objects=objects, receptacles=receptacles, usual_place=torch.zeros(2))
+    log, never = EventLog(start), torch.zeros(4, dtype=torch.bool)
+    log.note(replace(start, held=torch.zeros_like(start.held)), never)
+    moved = objects.clone()
+    moved[:, 0, :2] = torch.tensor(end)
+    log.note(replace(start, objects=moved), never)
+    assert [MODES[i] for i in log.outcome(never, never)[0]] == [mode] * 4
+
+
+def test_what_is_let_go_where_it_was_grasped_is_dropped():
+    puppet = Puppet(ids=tuple(range(64)))
+    place = puppet.env.state.object_position[:, 0].clone()
+    start = puppet.env.snapshot()
+    usual = (start.objects[:, 0, :2] - start.usual_place).norm(dim=1)
+    goal = (start.objects[:, 0, :2] - start.receptacles[:, 0, :2]).norm(dim=1)
+    assert (usual < goal).float().mean() > 0.9  # without having moved
+    modes, events = puppet.grasp().end(OPEN)
+    still = (puppet.env.state.object_position[:, 0] - place)[:, :2].norm(dim=1) < 0.01
+    held = [step > 0 for step in events["grasp"]]
+    assert sum(held) > 48
+    assert {m for m, h, s in zip(modes, held, still.tolist(), strict=True) if h and s} == {"drop"}
+
+
+def test_an_object_that_was_thrown_was_held():
+    """Far in one step, but not where the setting moves objects."""
+    for repositioned, mode in ((0, "drop"), (9, "drop"), (2, "no_grasp")):
+        start = Puppet().env.snapshot()
+        log, never = EventLog(start, repositioned), torch.zeros(4, dtype=torch.bool)
+        log.note(replace(start, held=torch.zeros_like(start.held)), never)
+        away = start.objects.clone()
+        # Away from the usual place and from the goal.
+        away[:, 0, :2] += 0.1 * torch.nn.functional.normalize(
+            start.objects[:, 0, :2] - start.receptacles[:, 0, :2], dim=1
+        )
+        log.note(replace(start, objects=away), never)
+        modes, _ = log.outcome(never, never)
+        assert [MODES[i] for i in modes] == [mode] * 4
 
 
 def test_drop_and_held_are_on_the_way():

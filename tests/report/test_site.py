@@ -17,7 +17,8 @@ from results_factory import SEEDS, SETTINGS, outcomes, record, study, write_resu
 
 from roadvla.cli import main
 from roadvla.evaluation.aggregate import iqm_interval
-from roadvla.evaluation.records import write_record
+from roadvla.evaluation.definition import failure_definition
+from roadvla.evaluation.records import read_record, write_record
 from roadvla.evaluation.results import read_results, write_study
 from roadvla.evaluation.stats import Estimate
 from roadvla.report.site import write_page
@@ -337,6 +338,30 @@ def test_the_commonest_failure_is_a_share_of_the_failures(tmp_path):
     assert modes is not None
     wanted = 100 * modes["no_grasp"] / (1 - modes["success"])
     assert f"ppo no grasp ({wanted:.0f} %)" in told(results, study(), ["ppo"])[0]
+
+
+def _judged(root, name, by):
+    for path in (root / "records").glob(f"{name}*.json"):
+        made = read_record(path)
+        write_record(
+            replace(made, outcomes=tuple(replace(o, judged_by=by) for o in made.outcomes)),
+            root / "records",
+        )
+
+
+def test_modes_of_several_definitions_are_not_compared(tmp_path):
+    root = write_results(tmp_path, studies=[study(), study("failures")])
+    said = "judged by an earlier definition"
+    assert said in write_page(read_results(root), tmp_path / "report").read_text()
+    for name in ("ppo", "road", "warmup"):
+        _judged(root, name, failure_definition())
+    text = write_page(read_results(root), tmp_path / "report").read_text()
+    assert said not in text
+    assert "How episodes end out of distribution" in text
+    _judged(root, "ppo", "0123456789ab")
+    text = write_page(read_results(root), tmp_path / "report").read_text()
+    assert "judged by several versions of the definition" in text
+    assert "How episodes end out of distribution" not in text
 
 
 def test_cost_that_was_not_measured_is_said_to_be(tmp_path):

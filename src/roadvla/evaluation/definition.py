@@ -30,6 +30,13 @@ def definition(sim: str) -> str:
     return digest.hexdigest()[:12]
 
 
+@functools.cache
+def failure_definition() -> str:
+    """Hash the code that says how an episode failed: 12 hexadecimal digits."""
+    source = files("roadvla.evaluation") / "failures.py"
+    return hashlib.sha256(_meaning(source.read_text(encoding="utf-8")).encode()).hexdigest()[:12]
+
+
 def _modules(source: Traversable) -> list[Traversable]:
     if source.is_file():
         return [source]

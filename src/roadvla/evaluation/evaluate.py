@@ -20,7 +20,9 @@ from torch import Tensor
 
 from roadvla import envs
 from roadvla.envs.base import Privileged, VectorEnv
+from roadvla.envs.suite import SETTINGS
 from roadvla.errors import UserError, WorkerError
+from roadvla.evaluation.definition import failure_definition
 from roadvla.evaluation.failures import EVENTS, EventLog, as_lists
 from roadvla.evaluation.machine import describe_machine
 from roadvla.evaluation.stats import wilson
@@ -75,6 +77,8 @@ class Evaluation:
         modes: How each episode ended, as indices into ``failures.MODES``; empty where the
             environment does not say where things are.
         events: What happened on the way, by the names of ``failures.EVENTS``; likewise.
+        judged_by: Hash of the code that named the modes; ``""`` if there are none or it was not
+            noted.
         film: Frames of the first episodes, when they were asked for.
     """
 
@@ -98,6 +102,7 @@ class Evaluation:
     simulator: dict[str, Any] = field(default_factory=dict)
     modes: tuple[int, ...] = ()
     events: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    judged_by: str = ""
     film: Film | None = None
 
     @property
@@ -179,7 +184,8 @@ def evaluate(
     begun = time.perf_counter()
     own = ranks.share(num_envs)
     world = make_env(env, split=split, num_envs=own, sim=sim, device=device)
-    plan = _Plan(episodes, temperature, seed, record, ranks)
+    moved = SETTINGS[env].distribution(split).reposition_step if env in SETTINGS else 0
+    plan = _Plan(episodes, temperature, seed, record, ranks, moved)
     try:
         found, film = _run_all(policy, world, plan, on_progress)
     finally:
@@ -200,6 +206,7 @@ def evaluate(
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         torch=str(torch.__version__),
         simulator=dict(getattr(world, "facts", {})),
+        judged_by=failure_definition() if "mode" in found else "",
         modes=tuple(found.get("mode", ())),
         events={name: tuple(found[name]) for name in EVENTS if name in found},
         film=film,
@@ -215,6 +222,7 @@ class _Plan:
     seed: int
     record: int
     ranks: World
+    repositioned: int
 
 
 def _run_all(
@@ -266,7 +274,7 @@ def _run_batch(
     frames = [image[:filmed].clone()]
     info: dict[str, Tensor] = {}
     watched = world if isinstance(world, Privileged) else None
-    log = None if watched is None else EventLog(watched.snapshot())
+    log = None if watched is None else EventLog(watched.snapshot(), plan.repositioned)
     for _ in range(world.horizon):
         uniform = None
         if ranks.size > 1:

@@ -6,15 +6,16 @@ An episode has the first of these modes whose condition holds; distances are hor
 success             The named object lies on the named receptacle at the last step.
 lost                It did at some step, but not at the last.
 wrong_receptacle    It was held, and lies on another receptacle.
-drift               It was held, and ends nearer to the usual place of receptacles in training than
-                    to the named one: carried by habit, wherever it was let go.
+drift               It was held, ends nearer to the usual place of receptacles in training than to
+                    the named one, and came more than 3 cm nearer to it, and more than to the named
+                    one: carried by habit, wherever it was let go.
 held                It is in the gripper at the end, on its way.
 drop                It was held, and let go elsewhere.
 wrong_object        It was never held, but another object was, or was pushed about.
 no_grasp            Nothing was held until time ran out.
 ==================  ==============================================================================
 
-If the object is moved by no gripper (ER-Repositioning), what was held before does not count.
+If the setting moves the object (ER-Repositioning), what was held before does not count.
 """
 
 from __future__ import annotations
@@ -41,8 +42,12 @@ ON_RECEPTACLE = 0.062
 """Distance of centres, metres, at which an object counts as lying on another receptacle."""
 PUSHED = 0.03
 """Distance from where it stood, metres, at which another object counts as moved."""
+DRIFTED = 0.03
+"""How much nearer, metres, a carried object comes to the usual place if it drifts there."""
 TELEPORTED = 0.05
 """Change of place in one step, metres, that no gripper explains."""
+_AROUND = 1
+"""Steps before or after which the setting may move an object: simulators count them differently."""
 
 EVENTS = (
     *("reach", "grasp", "other", "lift", "release", "place"),
@@ -58,10 +63,12 @@ class EventLog:
 
     Args:
         start: Before the first action.
+        repositioned: After how many actions the setting moves the object; 0 for never.
     """
 
-    def __init__(self, start: Snapshot) -> None:
+    def __init__(self, start: Snapshot, repositioned: int = 0) -> None:
         self._before = start
+        self._repositioned = repositioned
         self._steps = 0
         none = torch.zeros_like(start.held)
         self._first = {name: none.clone() for name in EVENTS[:6]}
@@ -76,7 +83,9 @@ class EventLog:
         self._steps += 1
         thing = now.objects[:, 0]
         holding, held_before = now.held == 0, before.held == 0
-        jumped = _jumped(now, before)
+        # At other times an object that goes far in a step was thrown, not moved by the setting.
+        around = abs(self._steps - self._repositioned) <= _AROUND
+        jumped = _jumped(now, before) & bool(self._repositioned and around)
         # A new place, not a fall: what came before says nothing about it.
         self._held_since = (self._held_since & ~jumped) | holding
         self._rest[:, 0] = torch.where(jumped[:, None], thing, self._rest[:, 0])
@@ -107,6 +116,10 @@ class EventLog:
         thing = end.objects[:, 0]
         goal = _flat(thing - end.receptacles[:, 0])
         usual = (thing[:, :2] - end.usual_place).norm(dim=1)
+        rest = self._rest[:, 0]
+        to_usual = (rest[:, :2] - end.usual_place).norm(dim=1) - usual
+        to_goal = _flat(rest - end.receptacles[:, 0]) - goal
+        drifted = (usual < goal) & (to_usual > DRIFTED) & (to_usual > to_goal)
         others = _flat(thing[:, None] - end.receptacles[:, 1:]) < ON_RECEPTACLE
         held_now = end.held == 0
         carried = self._held_since
@@ -114,7 +127,7 @@ class EventLog:
             success,
             success_once,
             carried & ~held_now & others.any(dim=1),
-            carried & (usual < goal),
+            carried & drifted,
             held_now,
             carried,
             self._first["other"] > 0,

@@ -47,8 +47,9 @@ _FIELDS: dict[str, type | tuple[type, ...]] = {
     "simulator": dict,
     "modes": list,
     "events": dict,
+    "judged_by": str,
 }
-_LATER: dict[str, Any] = {"simulator": {}, "modes": [], "events": {}}
+_LATER: dict[str, Any] = {"simulator": {}, "modes": [], "events": {}, "judged_by": ""}
 """Fields that files of earlier versions lack, and what they mean there."""
 
 

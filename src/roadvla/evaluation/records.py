@@ -37,6 +37,7 @@ class Outcomes:
         grasped: The right object was held at any step.
         modes: How each episode ended, as indices into ``mode_names``; empty where not known.
         mode_names: Names of the failure modes.
+        judged_by: Hash of the code that named the modes; ``""`` where it was not noted.
         temperature: Of the action sampling.
         seed: Of the action sampling.
         horizon: Actions per episode.
@@ -52,6 +53,7 @@ class Outcomes:
     grasped: Bool[np.ndarray, " N"]
     modes: tuple[int, ...] = ()
     mode_names: tuple[str, ...] = ()
+    judged_by: str = ""
     temperature: float
     seed: int
     horizon: int
@@ -165,6 +167,7 @@ def outcomes_of(evaluation: Evaluation, env: str | None = None) -> Outcomes:
         grasped=np.array(evaluation.grasped, dtype=bool),
         modes=evaluation.modes,
         mode_names=MODES if evaluation.modes else (),
+        judged_by=evaluation.judged_by,
         temperature=evaluation.temperature,
         seed=evaluation.seed,
         horizon=evaluation.horizon,

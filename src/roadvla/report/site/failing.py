@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from roadvla.evaluation.definition import failure_definition
 from roadvla.evaluation.failures import MODES, confusion
 from roadvla.evaluation.records import RunRecord
 from roadvla.evaluation.results import Results, StudyRecord
@@ -38,6 +39,34 @@ def shares(records: dict[int, RunRecord], setting: str, split: str) -> dict[str,
         return None
     counts = np.bincount(modes, minlength=len(MODES))
     return dict(zip(MODES, (counts / len(modes)).tolist(), strict=True))
+
+
+def caution(results: Results, study: StudyRecord) -> tuple[str, bool]:
+    """Say what stands between a study's modes and today's definition, and whether to show them.
+
+    Modes that several versions of the definition named are not put beside each other.
+    """
+    judged = {
+        outcome.judged_by
+        for setting in study.settings
+        for method in study.methods
+        for record in cells(results, study, method, setting).values()
+        for outcome in record.outcomes
+        if outcome.env == setting and outcome.modes
+    }
+    if len(judged) > 1:
+        return (
+            "How these episodes failed was judged by several versions of the definition, so it is "
+            "not shown: evaluate the older runs again.",
+            False,
+        )
+    if judged and judged != {failure_definition()}:
+        return (
+            "How these episodes failed was judged by an earlier definition than docs/failures.md "
+            "has now.",
+            True,
+        )
+    return "", True
 
 
 def bars(results: Results, study: StudyRecord, folder: Path, split: str = "test") -> str:

@@ -15,7 +15,7 @@ from roadvla.errors import UserError
 from roadvla.evaluation.results import Results, StudyRecord
 from roadvla.report.site import html
 from roadvla.report.site.curves import adaptation, dynamics, settled
-from roadvla.report.site.failing import bars, fates, told
+from roadvla.report.site.failing import bars, caution, fates, told
 from roadvla.report.site.films import players
 from roadvla.report.site.numbers import Entry, Overall, entries, established, overall, verdict
 from roadvla.report.site.origins import cost, provenance, summary, warnings
@@ -212,7 +212,12 @@ class _Builder:
             for setting in _FATES
             if setting in study.settings and len(study.methods) == 2
         ]
+        warned, shown = caution(self._results, study)
+        note = [html.paragraph(warned, "note")] if warned else []
+        if not shown:
+            return [*note, players(self._results, study, study.methods)]
         return [
+            *note,
             html.listing(told(self._results, study, study.methods)),
             bars(self._results, study, self._output),
             bars(self._results, study, self._output, split="train"),
