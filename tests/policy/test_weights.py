@@ -196,6 +196,51 @@ def test_weights_of_another_architecture(folder: Path) -> None:
     fails(folder, "wrong shape", "value_head.0.weight is (128, 64)", "expected (64, 64)")
 
 
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {},
+        {"image_size": 60, "patch": 5, "vision_stem": 7, "vision_width": 9, "vision_blocks": 3},
+        {"queries": 5, "frequencies": 3, "width": 24, "layers": 4, "heads": 3, "mlp": 11},
+        {"value_width": 13, "vocabulary_size": 17, "max_prompt": 19, "vision_blocks": 1},
+    ],
+)
+def test_weights_are_counted_without_making_them(sizes: dict[str, int]) -> None:
+    architecture = TinyArchitecture(**sizes)
+    state = TinyVLA(architecture).state_dict()
+    assert weights.count_weights(architecture) == sum(w.numel() for w in state.values())
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        *({name: 1 << 16} for name in ("width", "vision_width", "layers", "vision_blocks")),
+        {"image_size": 1 << 16, "patch": 1},
+        {"patch": 1 << 14, "image_size": 1 << 14},
+        {"queries": 1 << 16, "frequencies": 1 << 16, "mlp": 1 << 16, "vision_stem": 1 << 16},
+    ],
+    ids=lambda sizes: " ".join(sizes),
+)
+def test_absurd_sizes_are_refused_before_memory_is_asked_for(
+    folder: Path, sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(weights, "TinyVLA", never)
+    rewrite(folder, lambda d: d["architecture"].update(sizes))
+    fails(folder, "policy.json")
+
+
+@pytest.mark.parametrize("kind", ["F8_E8M0", "F4"])
+def test_weights_of_an_unknown_kind(folder: Path, kind: str) -> None:
+    header = json.dumps({"x": {"dtype": kind, "shape": [4], "data_offsets": [0, 4]}}).encode()
+    data = len(header).to_bytes(8, "little") + header + bytes(4)
+    (folder / "policy.safetensors").write_bytes(data)
+    rewrite(folder, lambda d: d.update(sha256=hashlib.sha256(data).hexdigest()))
+    fails(folder, "policy.safetensors")
+
+
 def test_missing_unexpected_and_mistyped_weights(folder: Path) -> None:
     reweigh(folder, lambda s: s.update(extra=torch.zeros(1)))
     fails(folder, "unexpected: extra")

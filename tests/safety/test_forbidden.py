@@ -10,6 +10,10 @@ import pytest
 SOURCES = sorted((Path(__file__).parents[2] / "src").rglob("*.py"))
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 BUILTINS = {"eval", "exec", "compile", "__import__"}
+LOADERS = {
+    *("torch.load", "torch.serialization.load", "torch.jit.load", "torch.hub.load"),
+    *("torch.export.load", "torch.package.PackageImporter"),
+}
 CALLS = {"os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"}
 FORBIDDEN = {
     "a module": "from pickle import loads",
@@ -26,11 +30,16 @@ FORBIDDEN = {
     "an array that may hold objects": "import numpy as np\nnp.load('x', allow_pickle=flag)",
     "torch.load": "import torch\ntorch.load('x')",
     "torch.load that may unpickle": "import torch\ntorch.load('x', weights_only=False)",
+    "torch.load of weights alone": "import torch\ntorch.load('x', weights_only=True)",
+    "torch.load handed on": "import torch\nread = torch.load",
+    "torch.load from where it lives": "from torch.serialization import load\nload('x')",
+    "torch under another name": "import torch as t\nt.load('x')",
+    "a program of torch's": "import torch\ntorch.jit.load('x')",
+    "the error's name": "import pickle\ntry:\n    pass\nexcept pickle.UnpicklingError:\n    pass",
     "torch.load under its own name": "from torch import load\nload('x')",
 }
 ALLOWED = {
-    "the error's name": "import pickle\ntry:\n    pass\nexcept pickle.UnpicklingError:\n    pass",
-    "weights alone": "import torch\ntorch.load('x', weights_only=True)",
+    "torch by its parts": "import torch\nfrom torch.nn import functional as F\ntorch.save",
     "plain arrays": "import numpy as np\nnp.load('x', allow_pickle=False)",
     "a method of that name": "model.eval()",
     "safetensors": "from safetensors.torch import load\nload(data)",
@@ -54,25 +63,20 @@ def test_what_is_harmless_is_allowed(source):
 
 def faults(source: str) -> list[str]:
     """List line and kind of everything that is forbidden."""
-    tree = ast.parse(source)
-    named = {
-        node.value for node in ast.walk(tree)
-        if isinstance(node, ast.Attribute) and node.attr == "UnpicklingError"
-    }  # fmt: skip
     found = []
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         what = ""
         if isinstance(node, ast.Import):
-            # `import pickle` is needed to catch its error; any other use of the name is found below
-            modules = {alias.name.partition(".")[0] for alias in node.names if alias.asname}
             plain = {alias.name.partition(".")[0] for alias in node.names}
-            what = " ".join((modules & MODULES) | (plain & MODULES - {"pickle"}))
+            hidden = {alias.name for alias in node.names if alias.asname} & {"torch"}
+            what = " ".join((plain & MODULES) | hidden)
         elif isinstance(node, ast.ImportFrom):
-            module = (node.module or "").partition(".")[0]
+            module = node.module or ""
             taken = {f"{module}.{alias.name}" for alias in node.names}
-            what = module if module in MODULES else " ".join(taken & {*CALLS, "torch.load"})
-        elif isinstance(node, ast.Name) and node.id == "pickle" and node not in named:
-            what = "pickle"
+            known = module.partition(".")[0] in MODULES
+            what = module if known else " ".join(taken & (CALLS | LOADERS))
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) in LOADERS:
+            what = ast.unparse(node)
         elif isinstance(node, ast.Call):
             what = _call_fault(node)
         if what:
@@ -88,8 +92,7 @@ def _call_fault(call: ast.Call) -> str:
     for flag in ("shell", "trust_remote_code"):
         if given.get(flag, False) is not False:
             return flag
-    safe = {"np.load": "allow_pickle", "numpy.load": "allow_pickle", "torch.load": "weights_only"}
-    if name in safe and given.get(safe[name]) is not (name == "torch.load"):
+    if name in {"np.load", "numpy.load"} and given.get("allow_pickle") is not False:
         return name
     if name.startswith("yaml.") and "safe" not in name:
         return name

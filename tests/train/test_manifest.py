@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,8 +20,10 @@ from roadvla.train.checkpoint import (
     read_progress,
     restore_optimizer,
 )
-from roadvla.train.manifest import FORMAT, DamagedError, verify
+from roadvla.train.listed import DamagedError
+from roadvla.train.manifest import FORMAT, seal, verify
 from roadvla.train.update import make_optimizer
+from sealing import reseal, sealed_by
 
 STORED = ("policy.json", "policy.safetensors", "state.json")
 FILES = (
@@ -145,6 +148,146 @@ def test_a_damaged_one_that_was_passed_over_goes_with_the_next_save(tmp_path):
     ]
 
 
+# Whoever changes a manifest can recompute its checksum too.
+
+SIZED = {"size": 3, "sha256": "0" * 64}
+ODD_LISTS = [
+    *(None, [], "x", 3, [["a", SIZED]]),
+    *({"a": None}, {"a": []}, {"a": {}}, {"a": {"size": 3}}, {"a": {"sha256": "0" * 64}}),
+    *({"a": {**SIZED, "size": size}} for size in (None, -1, 0.5, True, "3", 1e300)),
+    *({"a": {**SIZED, "sha256": sha}} for sha in (None, 3, "", "0" * 63, "G" * 64, "A" * 64, [])),
+    {"a": {**SIZED, "mode": 0}},
+    {f"f{number}": SIZED for number in range(2000)},
+]
+ODD_NAMES = [
+    *("", ".", "..", "../a", "../../../../etc/hostname", "a/../../b", "a/..", "./a", "a//b", "a/"),
+    *("/etc/hostname", "/dev/zero", "C:a", "a\\b", "..\\a", "a\x00b", "a\nb", "\x1b[2J", "é"),
+    *("\ud800", "x" * 300, "a" + "/a" * 200),
+]
+
+
+def _resealed(folder, files, *, keep=True):
+    path = folder / "manifest.json"
+    data = json.loads(path.read_text())
+    data["files"] = {**data["files"], **files} if keep else files
+    path.write_text(json.dumps(sealed_by(data)))
+
+
+def _fall_back(before, newest, says):
+    for read in (verify, seal, read_progress):
+        with pytest.raises(DamagedError, match=says):
+            read(newest)
+    found, passed_over = good_checkpoint(newest.parent)
+    assert found == before
+    assert "iteration_000002" in passed_over
+    assert "\n" not in passed_over
+
+
+@pytest.mark.parametrize("files", ODD_LISTS, ids=lambda files: repr(files)[:40])
+def test_a_resealed_list_that_is_none_is_damage(tmp_path, files):
+    before, newest = two(tmp_path)
+    _resealed(newest, files, keep=isinstance(files, dict) and len(files) < 9)
+    _fall_back(before, newest, r"manifest\.json is damaged: (it does not|the)")
+
+
+@pytest.mark.parametrize("name", ODD_NAMES, ids=ascii)
+def test_a_resealed_name_that_leads_elsewhere_is_not_followed(tmp_path, name):
+    before, newest = two(tmp_path)
+    _resealed(newest, {name: SIZED})
+    _fall_back(before, newest, "which is no name of a file inside")
+
+
+@pytest.mark.parametrize("name", ["state.json", "optimizer.safetensors", "policy.json"])
+def test_a_resealed_list_without_a_needed_file_is_damage(tmp_path, name):
+    before, newest = two(tmp_path)
+    data = json.loads((newest / "manifest.json").read_text())
+    del data["files"][name]
+    (newest / "manifest.json").write_text(json.dumps(sealed_by(data)))
+    _fall_back(before, newest, f"does not list {name}")
+    _resealed(newest, {}, keep=False)
+    _fall_back(before, newest, "does not list state")
+
+
+def test_a_resealed_list_without_weights_is_damage(tmp_path):
+    before, newest = two(tmp_path)
+    (newest / "policy.safetensors").unlink()
+    reseal(newest)
+    _fall_back(before, newest, "lists no weights of a policy")
+
+
+@pytest.mark.parametrize("kind", ["link", "loop", "pipe", "folder", "device"])
+def test_a_listed_file_that_is_no_plain_one_inside_is_not_opened(tmp_path, kind):
+    before, newest = two(tmp_path)
+    path = newest / "policy.safetensors"
+    outside = tmp_path / "outside"
+    outside.write_bytes(path.read_bytes())  # size and checksum agree
+    path.unlink()
+    if kind == "link":
+        path.symlink_to(outside)
+    elif kind == "loop":
+        path.symlink_to(path.name)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to("/dev/zero")
+    for read in (verify, seal):
+        with pytest.raises(DamagedError, match=r"policy\.safetensors is"):
+            read(newest)
+    assert good_checkpoint(tmp_path)[0] == before
+
+
+def test_a_checkpoint_s_own_folder_may_be_a_link(tmp_path):
+    _, newest = two(tmp_path / "there")
+    (tmp_path / "here").symlink_to(tmp_path / "there")
+    verify(tmp_path / "here" / newest.name)
+
+
+@pytest.mark.parametrize("form", [None, "2", [], {}, True, 2.0, 0, -1, float("nan")])
+def test_a_format_that_never_was_is_damage(tmp_path, form):
+    before, newest = two(tmp_path)
+    data = json.loads((newest / "manifest.json").read_text())
+    (newest / "manifest.json").write_text(json.dumps(sealed_by({**data, "format": form})))
+    _fall_back(before, newest, "manifest.json has format")
+    (newest / "manifest.json").unlink()
+    state = json.loads((newest / "state.json").read_text())
+    (newest / "state.json").write_text(json.dumps({**state, "format": form}))
+    with pytest.raises(DamagedError, match=r"state\.json has format"):
+        verify(newest)
+
+
+@pytest.mark.parametrize("depth", range(200, 3000, 200))
+def test_a_manifest_nested_deep_is_damage(tmp_path, depth):
+    _, newest = two(tmp_path)
+    (newest / "manifest.json").write_text('{"files": ' + "[" * depth + "]" * depth + "}")
+    with pytest.raises(DamagedError, match=r"manifest\.json"):
+        verify(newest)
+
+
+@pytest.mark.parametrize(
+    "sums", [3, [], "x", {"../../etc/hostname": "0" * 64}, {"/dev/zero": "0" * 64}, {"a": None}]
+)
+def test_odd_checksums_of_format_1_are_damage(tmp_path, sums):
+    folder = Path(shutil.copytree(FORMAT_1, tmp_path / "checkpoints")) / "iteration_000006"
+    (folder / "policy.json").write_text(json.dumps({"sha256": sums}))
+    with pytest.raises(DamagedError, match="is damaged: "):
+        verify(folder)
+
+
+def test_format_1_needs_the_optimiser_and_weights(tmp_path):
+    folder = Path(shutil.copytree(FORMAT_1, tmp_path / "checkpoints")) / "iteration_000006"
+    (folder / "policy.safetensors").rename(tmp_path / "kept")
+    with pytest.raises(DamagedError, match="holds no weights"):
+        verify(folder)
+    (tmp_path / "kept").rename(folder / "policy.safetensors")
+    state = json.loads((folder / "state.json").read_text())
+    del state["sha256"]
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(DamagedError, match=r"checksum of optimizer\.safetensors is no SHA-256"):
+        verify(folder)
+
+
 # Format 1, as version 0.1.0 wrote it before there was a manifest; the folder is never rewritten.
 
 
@@ -182,7 +325,7 @@ def test_the_policy_s_own_checksum_is_part_of_format_1_where_it_has_one(tmp_path
     (folder / "policy.json").write_text(json.dumps({"sha256": "0" * 64}))
     with pytest.raises(DamagedError, match=r"policy\.safetensors is damaged"):
         verify(folder)
-    (folder / "policy.json").write_text(json.dumps({"sha256": {"adapter.safetensors": "0"}}))
+    (folder / "policy.json").write_text(json.dumps({"sha256": {"adapter.safetensors": "0" * 64}}))
     with pytest.raises(DamagedError, match=r"adapter\.safetensors is missing"):
         verify(folder)
 

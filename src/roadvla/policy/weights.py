@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from roadvla.errors import UserError
 from roadvla.files import MAX_JSON, MAX_TENSORS, parse_json, read_bytes, write_whole
-from roadvla.policy.action_tokens import NUM_TOKENS, NormStats
+from roadvla.policy.action_tokens import NUM_BINS, NUM_TOKENS, NormStats
 from roadvla.policy.base import Policy
 from roadvla.policy.tiny import TinyArchitecture, TinyVLA
+from roadvla.tensors import parse_tensors
 
 FORMAT = 1
 WEIGHTS_NAME = "policy.safetensors"
@@ -29,6 +29,10 @@ DESCRIPTION_NAME = "policy.json"
 ADAPTER_NAME = "adapter_config.json"
 KINDS = ("tiny", "openvla")
 BACKBONE_FOLDER = Path(__file__).parent / "weights" / "tiny-backbone"
+
+_MOST_LAYERS = 1024
+_HARMLESS = 1 << 24
+"""Weights that can be made without a second thought, whatever the file holds."""
 
 
 def save_policy(policy: TinyVLA, folder: Path) -> None:
@@ -105,6 +109,7 @@ def load_tiny(folder: Path, device: torch.device | str = "cpu") -> TinyVLA:
             f"an action has {NUM_TOKENS}; use the file the policy was saved with"
         )
     state = _read_weights(folder / WEIGHTS_NAME, _entry(description, "sha256", str, folder))
+    _check_size(architecture, state, folder)
     policy = TinyVLA(architecture, stats)
     _check_names_and_shapes(policy.state_dict(), state, folder / WEIGHTS_NAME)
     policy.load_state_dict(state)
@@ -184,10 +189,11 @@ def _read_architecture(description: dict[str, Any], folder: Path) -> TinyArchite
             "use the version of roadvla that wrote it"
         )
     for name, value in sizes.items():
-        if type(value) is not int or not 1 <= value <= 1 << 16:
+        most = _MOST_LAYERS if name in ("layers", "vision_blocks") else 1 << 16
+        if type(value) is not int or not 1 <= value <= most:
             raise UserError(
-                f"{folder / DESCRIPTION_NAME}: architecture {name} = {value!r}; "
-                "expected a whole number from 1 to 65536"
+                f"{folder / DESCRIPTION_NAME}: architecture {name} = {repr(value)[:40]}; "
+                f"expected a whole number from 1 to {most}"
             )
     try:
         return TinyArchitecture(**sizes)
@@ -198,8 +204,8 @@ def _read_architecture(description: dict[str, Any], folder: Path) -> TinyArchite
 def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
     data = _read_bytes(path, MAX_TENSORS)
     try:
-        state = load(data)
-    except SafetensorError as error:
+        state = parse_tensors(data)
+    except ValueError as error:
         raise UserError(
             f"{path} is damaged or cut short ({error}): take another checkpoint or copy it again"
         ) from error
@@ -209,6 +215,28 @@ def _read_weights(path: Path, checksum: str) -> dict[str, Tensor]:
             "files come from different saves; take another checkpoint or copy both again"
         )
     return state
+
+
+def count_weights(a: TinyArchitecture) -> int:
+    """Count the weights that a tiny policy has, without making it."""
+    w, v, stem, grid = a.width, a.vision_width, a.vision_stem, a.image_size // a.patch
+    vision = stem * (3 * a.patch**2 + 1) + v * (stem + 1) + a.vision_blocks * v * (10 * v + 2)
+    words = (a.vocabulary_size + a.max_prompt + 2 * a.queries + NUM_TOKENS) * w
+    resampler = w * (8 * w + 13) + v * (w + 1) + grid**2 * v + 1 + w * (v + 4 * a.frequencies + 3)
+    layers = a.layers * (w * (4 * w + 2 * a.mlp + 9) + a.mlp)
+    bins = NUM_BINS * ((2 * NUM_TOKENS - 1) * w + NUM_TOKENS)
+    value = a.value_width * (w + 2) + 1
+    return vision + 2 * v + words + resampler + layers + 2 * w + bins + value
+
+
+def _check_size(architecture: TinyArchitecture, state: dict[str, Tensor], folder: Path) -> None:
+    """Refuse sizes that the weights cannot be of, before memory for them is asked for."""
+    needed, found = count_weights(architecture), sum(weight.numel() for weight in state.values())
+    if needed > max(2 * found, _HARMLESS):
+        raise UserError(
+            f"{folder / DESCRIPTION_NAME} describes a policy of {needed:,} weights, "
+            f"{WEIGHTS_NAME} holds {found:,}: use the {DESCRIPTION_NAME} it was saved with"
+        )
 
 
 def _check_names_and_shapes(

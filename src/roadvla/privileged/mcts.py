@@ -7,6 +7,7 @@ the tree branches where actions differ, and grows by one path per success.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -175,11 +176,14 @@ class SuccessTree:
         empty = cls.empty().tensors()
         if set(tensors) != set(empty):
             raise ValueError(f"it holds {sorted(tensors)}, expected {sorted(empty)}")
-        count = len(tensors["q"])
+        count = tensors["q"].numel()
         for name, like in empty.items():
             found, rows = tensors[name], 1 if name == "growths" else count
             if found.dtype != like.dtype or found.shape != (rows, *like.shape[1:]):
                 raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}")
+            least = {"visits": 1, "born": 0, "growths": 0}.get(name, -math.inf)
+            if not bool((found.isfinite() & (found >= least)).all()):
+                raise ValueError(f"{name} holds what a tree cannot have come to")
         parts = {name: value for name, value in tensors.items() if name != "growths"}
         return cls(**parts, growths=int(tensors["growths"]))
 

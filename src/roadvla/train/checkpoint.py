@@ -10,7 +10,6 @@ too, to fall back on.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -22,18 +21,16 @@ from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from roadvla.errors import UserError
-from roadvla.files import MAX_TENSORS, read_bytes, read_json
+from roadvla.files import MAX_JSON, MAX_TENSORS, parse_json, read_json
 from roadvla.policy.base import Policy
+from roadvla.tensors import parse_tensors
+from roadvla.train.listed import ELSEWHERE, OPTIMIZER, STATE, DamagedError, read_listed
 from roadvla.train.manifest import (
-    ELSEWHERE,
     FORMAT,
-    OPTIMIZER,
-    STATE,
-    DamagedError,
     as_json,
     read_files,
     read_object,
@@ -42,8 +39,8 @@ from roadvla.train.manifest import (
     write_manifest,
     write_synced,
 )
+from roadvla.train.moments import GENERATOR, STEP, put_generator, take_moments
 
-_GENERATOR = "generator"
 _MEMORY = "memory:"
 _LATEST = "latest.json"
 _KEPT = 2
@@ -278,7 +275,8 @@ def read_progress(folder: Path) -> Progress:
     """Read the counters of a checkpoint.
 
     Raises:
-        UserError: If ``state.json`` is missing or damaged, or of another format.
+        DamagedError: If ``state.json`` is missing or damaged.
+        UserError: If it is of another format.
     """
     data = _read_state(folder)
     return Progress(**{name: data[name] for name in Progress.__dataclass_fields__})
@@ -299,35 +297,26 @@ def restore_optimizer(
         What else the run had learned, as ``save_checkpoint`` was given it.
 
     Raises:
-        UserError: If the file is missing, damaged, or does not fit the policy.
+        DamagedError: If the file is missing, damaged, or does not fit the policy. The optimiser is
+            then as it was.
     """
     path = folder / OPTIMIZER
-    about = read_files(folder).get(OPTIMIZER, {})
-    recorded = about.get("sha256")
+    data = read_listed(folder, OPTIMIZER, read_files(folder)[OPTIMIZER], limit=MAX_TENSORS)
     try:
-        data = read_bytes(path, limit=about.get("size", MAX_TENSORS))
-        if hashlib.sha256(data).hexdigest() != recorded:
-            raise DamagedError(
-                f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}"
-            )
-        tensors = load(data)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise DamagedError(f"{path} is missing or damaged ({error}); {ELSEWHERE}") from error
-    if _GENERATOR not in tensors:
-        raise UserError(f"{path} does not hold the random generator's state; {ELSEWHERE}")
-    generator.set_state(tensors.pop(_GENERATOR))
+        tensors = parse_tensors(data)
+    except ValueError as error:
+        raise DamagedError(f"{path} is damaged ({error}); {ELSEWHERE}") from error
     remembered = [name for name in tensors if name.startswith(_MEMORY)]
     memory = {name.removeprefix(_MEMORY): tensors.pop(name) for name in remembered}
     parameters = _named(policy, optimizer)
-    states: dict[str, dict[str, Tensor]] = {name: {} for name in parameters}
-    for key, tensor in tensors.items():
-        name, _, moment = key.rpartition(".")
-        if name not in states or (moment != "step" and tensor.shape != parameters[name].shape):
-            raise UserError(f"{path} does not fit the policy beside it at {name}; {ELSEWHERE}")
-        if moment != "step":
+    moments = {name: tensor for name, tensor in tensors.items() if name != GENERATOR}
+    states = take_moments(moments, parameters, optimizer, path)
+    put_generator(generator, tensors, path)
+    for name, state in states.items():
+        for moment in state.keys() - {STEP}:
             # Laid out in memory as the parameter is: the fused optimiser walks both in that order.
-            tensor = torch.empty_like(parameters[name], requires_grad=False).copy_(tensor)
-        states[name][moment] = tensor
+            empty = torch.empty_like(parameters[name], requires_grad=False)
+            state[moment] = empty.copy_(state[moment])
     optimizer.load_state_dict(
         {
             "state": {index: state for index, state in enumerate(states.values()) if state},
@@ -346,19 +335,19 @@ def restore_memory(folder: Path, learner: _Learner | None, memory: Mapping[str, 
         memory: What it had learned.
 
     Raises:
-        UserError: If it does not fit.
+        DamagedError: If it does not fit.
     """
     try:
         if learner is not None:
             learner.restore(memory)
     except ValueError as error:
-        raise UserError(f"{folder} holds a damaged memory ({error}); {ELSEWHERE}") from error
+        raise DamagedError(f"{folder} holds a damaged memory ({error}); {ELSEWHERE}") from error
 
 
 def _optimizer_tensors(
     policy: Policy, optimizer: torch.optim.Optimizer, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    tensors = {_GENERATOR: generator.get_state()}
+    tensors = {GENERATOR: generator.get_state()}
     for name, parameter in _named(policy, optimizer).items():
         for moment, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{name}.{moment}"] = value.detach().cpu().contiguous()
@@ -373,14 +362,24 @@ def _named(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, nn.Par
 
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE
-    data = read_object(path)
     files = read_files(folder)
-    if STATE in files and files[STATE]["sha256"] != hashlib.sha256(path.read_bytes()).hexdigest():
-        raise DamagedError(f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}")
-    for name, kind in (("iteration", int), ("env_steps", int), ("episodes", int), ("config", str)):
-        if not isinstance(data.get(name), kind) or isinstance(data[name], bool):
-            what = "a count" if kind is int else "a fingerprint"
-            raise DamagedError(
-                f"{path}: {name} is {data.get(name)!r}, expected {what}; {ELSEWHERE}"
-            )
+    if STATE in files:
+        try:
+            data = parse_json(read_listed(folder, STATE, files[STATE], limit=MAX_JSON))
+        except ValueError as error:
+            raise DamagedError(f"{path} is damaged ({error}); {ELSEWHERE}") from error
+        if not isinstance(data, dict):
+            raise DamagedError(f"{path} does not hold an object; {ELSEWHERE}")
+    else:  # format 1 has no checksum for it
+        data = read_object(path)
+    for name in ("iteration", "env_steps", "episodes"):
+        if type(data.get(name)) is not int or data[name] < 0:
+            raise _odd_state(path, name, data, "a count")
+    if not isinstance(data.get("config"), str):
+        raise _odd_state(path, "config", data, "a fingerprint")
     return data
+
+
+def _odd_state(path: Path, name: str, data: dict[str, Any], expected: str) -> DamagedError:
+    found = repr(data.get(name))[:60]
+    return DamagedError(f"{path}: {name} is {found}, expected {expected}; {ELSEWHERE}")

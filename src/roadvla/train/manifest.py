@@ -6,6 +6,8 @@
     files    {name: {"size": bytes, "sha256": hex}}, every other file of the folder
     sha256   of the two above, so that damage to the manifest is not taken for another version
 
+The checksum tells of damage, not of who wrote it: what is listed is checked by ``listed.py``.
+
 Format 1 had no manifest: ``state.json`` held the optimiser's checksum, and ``policy.json`` that of
 its weights. ``_from_format_1`` makes a manifest of the two; a later format adds its own such step.
 """
@@ -21,17 +23,22 @@ from typing import Any
 
 from roadvla.errors import UserError
 from roadvla.files import read_json
+from roadvla.train.listed import (
+    DESCRIPTION,
+    ELSEWHERE,
+    OPTIMIZER,
+    STATE,
+    WEIGHTS,
+    DamagedError,
+    Files,
+    check_file,
+    check_listed,
+    compare_file,
+)
 
 FORMAT = 2
 MANIFEST = "manifest.json"
-STATE = "state.json"
-OPTIMIZER = "optimizer.safetensors"
-ELSEWHERE = "take another checkpoint or start a new run"
-Files = dict[str, dict[str, Any]]
-
-
-class DamagedError(UserError):
-    """A checkpoint is not as it was written."""
+_SHOWN = 60
 
 
 def write_manifest(folder: Path) -> None:
@@ -54,7 +61,8 @@ def read_files(folder: Path) -> Files:
     """Read what a checkpoint of any known format consists of.
 
     Returns:
-        By name: ``sha256``, and ``size`` where the format records it.
+        By name: ``sha256``, and ``size`` where the format records it. All names are of files inside
+        the folder; whether they are there has not been looked at.
 
     Raises:
         DamagedError: If that cannot be told.
@@ -64,18 +72,24 @@ def read_files(folder: Path) -> Files:
     if not path.exists():
         state = read_object(folder / STATE)
         found = state.get("format")
+        if type(found) is not int or found not in (*_MIGRATIONS, FORMAT):
+            raise _unknown(folder / STATE, found)
         if found == FORMAT:
             raise DamagedError(f"{path} is missing; {ELSEWHERE}")
-        if found not in _MIGRATIONS:
-            raise _unknown(folder / STATE, found)
         return _MIGRATIONS[found](folder, state)
     data = read_object(path)
     recorded = data.pop("sha256", None)
     if recorded != _digest(data):
         raise DamagedError(f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}")
-    if data.get("format") != FORMAT:
-        raise _unknown(path, data.get("format"))
-    return data["files"]
+    found = data.get("format")
+    if type(found) is not int or found != FORMAT:
+        raise _unknown(path, found)
+    files = check_listed(
+        data.get("files"), path, sized=True, needed=(STATE, OPTIMIZER, DESCRIPTION)
+    )
+    if not files.keys() & set(WEIGHTS):
+        raise DamagedError(f"{path} is damaged: it lists no weights of a policy; {ELSEWHERE}")
+    return files
 
 
 def verify(folder: Path) -> None:
@@ -86,17 +100,7 @@ def verify(folder: Path) -> None:
         UserError: If the checkpoint is of a format that this version does not know.
     """
     for name, expected in read_files(folder).items():
-        path = folder / name
-        _sized(path, expected)
-        try:
-            with path.open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
-        except OSError as error:
-            raise _missing(path, error) from error
-        if found != expected["sha256"]:
-            raise DamagedError(
-                f"{path} is damaged: its checksum is not the recorded one; {ELSEWHERE}"
-            )
+        compare_file(folder, name, expected)
 
 
 def seal(folder: Path) -> int:
@@ -111,7 +115,7 @@ def seal(folder: Path) -> int:
     """
     files = read_files(folder)
     for name, expected in files.items():
-        _sized(folder / name, expected)
+        check_file(folder, name, expected)
     return int(_digest(files)[:15], 16)
 
 
@@ -156,40 +160,34 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def _sized(path: Path, expected: dict[str, Any]) -> None:
-    """Refuse a file that is missing, or not of the recorded size where one is recorded."""
-    try:
-        size = path.stat().st_size
-    except OSError as error:
-        raise _missing(path, error) from error
-    if size != expected.get("size", size):
-        raise DamagedError(
-            f"{path} is damaged: it has {size} bytes, not {expected['size']}; {ELSEWHERE}"
-        )
-
-
-def _missing(path: Path, error: OSError) -> DamagedError:
-    return DamagedError(f"{path} is missing or damaged ({error.strerror or error}); {ELSEWHERE}")
-
-
 def _from_format_1(folder: Path, state: dict[str, Any]) -> Files:
     """Gather the checksums that format 1 kept in two files; it recorded no sizes."""
-    policy = read_object(folder / "policy.json").get("sha256", {})
-    weights = {"policy.safetensors": policy} if isinstance(policy, str) else policy
-    sums = {OPTIMIZER: state.get("sha256"), **weights}
-    return {name: {"sha256": digest} for name, digest in sums.items()}
+    policy = read_object(folder / DESCRIPTION).get("sha256", {})
+    weights = {WEIGHTS[0]: policy} if isinstance(policy, str) else policy
+    if not isinstance(weights, dict):
+        raise DamagedError(f"{folder / DESCRIPTION} is damaged: it holds no checksums; {ELSEWHERE}")
+    files = {name: {"sha256": digest} for name, digest in weights.items()}
+    files[OPTIMIZER] = {"sha256": state.get("sha256")}
+    if not any((folder / name).is_file() for name in WEIGHTS):
+        raise DamagedError(f"{folder} holds no weights of a policy; {ELSEWHERE}")
+    return check_listed(files, folder / STATE, sized=False, needed=(OPTIMIZER,))
 
 
-_MIGRATIONS: dict[Any, Callable[[Path, dict[str, Any]], Files]] = {1: _from_format_1}
+_MIGRATIONS: dict[int, Callable[[Path, dict[str, Any]], Files]] = {1: _from_format_1}
 
 
 def _digest(content: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    try:
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    except RecursionError:  # it can be read a little deeper than written
+        return ""
 
 
 def _unknown(path: Path, found: object) -> UserError:
+    """Tell a newer format from one that never was."""
+    newer = type(found) is int and found > FORMAT
     known = [*_MIGRATIONS, FORMAT]
-    return UserError(
-        f"{path} has format {found!r}, expected one of {known}: if a newer roadvla wrote it, use "
-        f"that, or {ELSEWHERE}"
+    return (UserError if newer else DamagedError)(
+        f"{path} has format {repr(found)[:_SHOWN]}, expected one of {known}: if a newer roadvla "
+        f"wrote it, use that, or {ELSEWHERE}"
     )

@@ -13,7 +13,7 @@ import pytest
 import torch
 from openvla_files import CONFIG, DEAD, make_tensors, write_checkpoint
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from roadvla.errors import UserError
@@ -227,7 +227,10 @@ def test_statistics_of_the_adapter_replace_those_of_the_base(base: Path, tmp_pat
 def test_rl4vla_folder_without_our_description(base: Path, run: Path, tmp_path: Path) -> None:
     (run / "policy.json").unlink()
     (run / "value_head.safetensors").unlink()
-    torch.save({"vh": HEAD}, run / "training_state.pt")
+    (run / "training_state.pt").write_bytes(b"never looked at")
+    assert "is pickled" in message(lambda: export_checkpoint(run, tmp_path / "no"))
+    save_file(HEAD, run / "value_head.safetensors")
+    (run / "training_state.pt").unlink()
     out = export_checkpoint(run, tmp_path / "out")
     head = load_file(out / "value_head.safetensors")
     assert torch.equal(head["value_head.head_l1.weight"], HEAD["head_l1.weight"])

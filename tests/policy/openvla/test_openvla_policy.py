@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from roadvla.errors import UserError
@@ -213,7 +214,7 @@ def test_exported_is_the_same_policy(
 def test_an_adapter_of_rl4vla(
     policy: OpenVLAPolicy, observation: Observation, tmp_path: Path
 ) -> None:
-    """bfloat16, with adapters on dead modules, its value head in ``training_state.pt``."""
+    """bfloat16, with adapters on dead modules, its value head converted once."""
     disturb(policy)
     own = policy.give()
     dead = "vision_backbone.fused_featurizer.attn_pool.q"
@@ -222,6 +223,9 @@ def test_an_adapter_of_rl4vla(
     write_adapter(tmp_path, adapter)
     assert own.value_head is not None
     torch.save({"vh": own.value_head, "vh_optimizer": {}}, tmp_path / "training_state.pt")
+    with pytest.raises(UserError, match=r"training_state\.pt is pickled"):
+        make_openvla(str(tmp_path), SETTINGS)
+    save_file(own.value_head, tmp_path / "value_head.safetensors")
     loaded = make_openvla(str(tmp_path), SETTINGS)
     tokens = torch.randint(0, 256, (5, 7))
     for wanted, found in zip(

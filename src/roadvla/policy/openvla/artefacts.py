@@ -1,29 +1,26 @@
 """What training leaves beside a base checkpoint: adapter folders, value heads, statistics.
 
 Reads this program's folders and RL4VLA's (``adapter_config.json`` and
-``adapter_model.safetensors`` of peft, ``training_state.pt`` with the value head under ``vh``,
-``dataset_statistics.json``). Nothing is unpickled without ``weights_only``.
+``adapter_model.safetensors`` of peft, ``dataset_statistics.json``). Nothing is unpickled: of
+RL4VLA's ``training_state.pt`` the value head is converted once, by who trusts it (docs/openvla.md).
 """
 
 from __future__ import annotations
 
 import math
-import pickle
 import re
-import warnings
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
 from roadvla.errors import UserError
 from roadvla.files import MAX_TENSORS, read_bytes, write_whole
 from roadvla.policy.openvla.storage import damaged, read_object, to_json
+from roadvla.tensors import parse_tensors
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -90,29 +87,30 @@ def read_adapter(folder: Path) -> Adapter:
 def read_value_head(folder: Path) -> dict[str, Tensor] | None:
     """Read the value head that lies beside a checkpoint or an adapter; ``None`` without one.
 
-    ``value_head.safetensors`` goes before RL4VLA's ``training_state.pt``.
+    RL4VLA's ``training_state.pt`` is never read. Where it lies alone it is refused, not passed
+    over: training would go on with a fresh head.
 
     Returns:
         float32 weights by name, without the prefix ``value_head.``.
 
     Raises:
-        UserError: If the file is damaged or holds something else.
+        UserError: If the file is damaged or holds something else, or is still to be converted.
     """
     folder = Path(folder)
     path = folder / VALUE_HEAD_NAME
-    if path.is_file():
-        tensors: object = _read_tensors(path)
-    elif (folder / STATE_NAME).is_file():
-        path = folder / STATE_NAME
-        tensors = _read_training_state(path)
-    else:
+    if not path.is_file():
+        if (folder / STATE_NAME).is_file():
+            raise UserError(
+                f"{folder / STATE_NAME} is pickled, which can run code, and is never read: if you "
+                f"trust it, convert its value head once to {VALUE_HEAD_NAME} as docs/openvla.md "
+                f"shows; to start with a fresh one, move it away"
+            )
         return None
-    if not isinstance(tensors, dict) or not all(
-        isinstance(value, Tensor) and value.is_floating_point() for value in tensors.values()
-    ):
+    tensors = _read_tensors(path)
+    if not all(value.is_floating_point() for value in tensors.values()):
         raise UserError(f"{path} holds no value head: expected its weights by name")
     return {
-        str(name).removeprefix(_VALUE_HEAD): value.to(torch.float32, copy=True)
+        name.removeprefix(_VALUE_HEAD): value.to(torch.float32, copy=True)
         for name, value in tensors.items()
     }
 
@@ -252,29 +250,9 @@ def _pair(
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
-        return load(read_bytes(path, limit=MAX_TENSORS))
-    except (OSError, ValueError, SafetensorError) as error:
+        return parse_tensors(read_bytes(path, limit=MAX_TENSORS))
+    except (OSError, ValueError) as error:
         raise damaged(path, error) from error
-
-
-def _read_training_state(path: Path) -> object:
-    """Read RL4VLA's value head; the optimizers' states beside it are not even loaded."""
-    try:
-        with warnings.catch_warnings(action="ignore"):  # the error below says it all
-            state = torch.load(
-                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
-            )
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"{path} is damaged, or cannot be read without running code from it, which is never "
-            f"done: copy it again, or have the code that wrote it save its value head alone, "
-            f"safetensors.torch.save_file(state['vh'], {VALUE_HEAD_NAME!r})"
-        ) from error
-    except (OSError, RuntimeError, EOFError) as error:
-        raise damaged(path, error) from error
-    if not isinstance(state, dict) or "vh" not in state:
-        raise UserError(f"{path} has no value head under 'vh': take RL4VLA's file, or remove it")
-    return state["vh"]
 
 
 def read_statistics(folder: Path) -> dict[str, Any] | None:
