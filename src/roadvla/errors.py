@@ -7,7 +7,20 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Bad input; the command line prints its message as one line and exits with code 2."""
+    """Bad input; the command line prints its message as one line and exits with code 2.
+
+    Args:
+        message: May quote what a file says: what is not printable, line breaks and the terminal's
+            commands among it, is escaped.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        if not message.isprintable():
+            message = "".join(
+                char if char.isprintable() else char.encode("unicode_escape").decode()
+                for char in message
+            )
+        super().__init__(message)
 
 
 class WorkerError(RuntimeError):

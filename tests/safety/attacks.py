@@ -6,11 +6,15 @@ import json
 import random
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jaxtyping import TypeCheckError
+import jaxtyping
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
 
 from roadvla.errors import UserError
 
@@ -22,15 +26,29 @@ ODD: list[Any] = [
 
 @dataclass(frozen=True)
 class Reader:
-    """A file, and who reads it."""
+    """A file, and who reads it.
+
+    Attributes:
+        path: Of the file.
+        read: Reads it.
+        seal: Makes the checksums anew that cover the file, as whoever means harm can; without it
+            they tell of every damage.
+    """
 
     path: str
     read: Callable[[Path], object]
+    seal: Callable[[Path], object] | None = None
 
 
 def damage(data: bytes, rng: random.Random) -> bytes:
     """Change a file in one of the ways in which files go wrong, or are made to."""
-    kind = rng.choice(["flip", "cut", "grow", "noise", "json", "json", "header", "deep"])
+    kind = rng.choice(
+        ["flip", "cut", "grow", "noise", "json", "json", "header", "tensor", "tensor", "deep"]
+    )
+    if kind == "tensor" and data[8:9] == b"{":
+        return _odd_tensor(data, rng)
+    if kind == "tensor" and data[:1] in b"{[":
+        kind = "json"
     if kind == "json" and data[:1] in b"{[":
         return _odd_json(data, rng)
     if kind == "header" and data[8:9] == b"{":
@@ -83,13 +101,52 @@ def _odd_header(data: bytes, rng: random.Random) -> bytes:
     return length.to_bytes(8, "little") + text + data[8 + size :]
 
 
+def _odd_tensor(data: bytes, rng: random.Random) -> bytes:
+    """Put another tensor in a tensor's place: a sound file with odd content."""
+    tensors = load(data)
+    name = rng.choice(sorted(tensors))
+    found = tensors.pop(name)
+    changes: dict[str, Callable[[], Tensor]] = {
+        "value": lambda: torch.full_like(found, rng.choice([0, 1, 127])),
+        "nan": lambda: torch.full(found.shape, float("nan")),
+        "negative": lambda: -found if found.dtype.is_floating_point else found.flip(0),
+        "kind": lambda: found.to(
+            rng.choice([torch.float64, torch.int8, torch.bool, torch.bfloat16])
+        ),
+        "flat": lambda: found.reshape(1, -1),
+        "cut": lambda: found.flatten()[: rng.randrange(6)],
+        "empty": lambda: found.new_zeros(0, 3),
+        "scalar": lambda: found.new_ones(()),
+        "longer": lambda: torch.cat([found.flatten(), found.flatten()]),
+    }
+    kind = rng.choice(["gone", "renamed", "doubled", *changes])
+    if kind in ("renamed", "doubled"):
+        other = rng.choice(
+            [f"{name}.zzz", name.rpartition(".")[0], "", "x.exp_avg", "\x00", "é" * 99]
+        )
+        tensors |= {other: found, **({name: found.clone()} if kind == "doubled" else {})}
+    elif kind != "gone":
+        tensors[name] = changes[kind]().contiguous()
+    return save(tensors)
+
+
 def outcome(reader: Reader, folder: Path, data: bytes) -> str:
-    (folder / reader.path).write_bytes(data)
+    path = folder / reader.path
+    path.write_bytes(data)
+    if reader.seal is not None:
+        with suppress(ValueError, RecursionError):  # what cannot be read cannot be sealed
+            reader.seal(path)
+    jaxtyping.config.update("jaxtyping_disable", True)  # users run without the tests' type checks
     try:
-        reader.read(folder / reader.path)
-    except (UserError, TypeCheckError):  # the tests' type checks come before the package's own
-        return "refused"
-    return "loaded"
+        reader.read(path)
+    except UserError as error:
+        message = str(error)
+    else:
+        return "loaded"
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
+    assert message.isprintable(), message
+    return "refused"
 
 
 def attack(
@@ -113,9 +170,20 @@ def attack(
     shutil.copytree(sound, folder)
     before = {path for path in folder.parent.rglob("*") if path.is_file()}
     data = (sound / reader.path).read_bytes()
+    covered = (
+        {
+            path: path.read_bytes()
+            for path in (folder / reader.path).parent.iterdir()
+            if path.is_file()
+        }
+        if reader.seal
+        else {}
+    )
     assert outcome(reader, folder, data) == "loaded"
     for case in range(seed, seed + cases):
         changed = damage(data, random.Random(f"{name}-{case}"))
+        for path, content in covered.items():  # a seal changes the files beside it
+            path.write_bytes(content)
         try:
             found[outcome(reader, folder, changed)] += 1
         except Exception as error:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 
@@ -11,16 +13,18 @@ from attacks import Reader, attack
 
 from probes import PARTS, load_table, probe_experiment
 from roadvla.evaluation.files import film_path, read_evaluation, read_film
-from roadvla.evaluation.records import read_record
-from roadvla.evaluation.results import read_study
+from roadvla.evaluation.records import check_comparable, read_record
+from roadvla.evaluation.results import Results, read_study
 from roadvla.policy import BACKBONE_FOLDER, load_policy
 from roadvla.train.checkpoint import policy_folder, read_progress, restore_optimizer
 from roadvla.train.config import Optimizer
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
 from roadvla.train.loop import train
+from roadvla.train.manifest import seal, verify
 from roadvla.train.metrics import read_metrics
 from roadvla.train.run_folder import load_experiment
 from roadvla.train.update import make_optimizer
+from sealing import reseal, sealed_by
 
 RESULTS = Path(__file__).parents[2] / "results/tabletop"
 RECORD = sorted((RESULTS / "records").iterdir())[0]
@@ -28,9 +32,49 @@ STUDY = sorted((RESULTS / "studies").iterdir())[0]
 
 
 def _restore(path: Path) -> None:
-    policy = load_table(path.parent)
+    policy, generator = load_table(path.parent), torch.Generator()
     optimizer = make_optimizer(policy, Optimizer())
-    restore_optimizer(path.parent, policy, optimizer, torch.Generator())
+    restore_optimizer(path.parent, policy, optimizer, generator)
+    for parameter in policy.parameters():
+        parameter.grad = torch.rand(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+def _resume(path: Path) -> None:
+    verify(path.parent)
+    seal(path.parent)
+    read_progress(path.parent)
+    _restore(path)
+
+
+def _read_study(path: Path) -> None:
+    Results(path.parent, {}, {}).missing(read_study(path))
+
+
+def _read_record(path: Path) -> None:
+    record = read_record(path)
+    check_comparable([record, record])
+    assert hash((record.name, record.method, record.env, record.envs, record.seed)) is not None
+
+
+def _seal_object(path: Path, separators: tuple[str, str] | None = None) -> None:
+    data = json.loads(path.read_bytes())
+    if isinstance(data, dict):
+        path.write_text(json.dumps(sealed_by(data, separators)))
+
+
+def _seal_result(path: Path) -> None:
+    _seal_object(path, (",", ":"))
+
+
+def _seal_checkpoint(path: Path) -> None:
+    reseal(path.parent)
+
+
+def _seal_weights(path: Path) -> None:
+    description = json.loads(path.with_name("policy.json").read_text())
+    description["sha256"] = hashlib.sha256(path.read_bytes()).hexdigest()
+    path.with_name("policy.json").write_text(json.dumps(description))
 
 
 READERS = {
@@ -47,6 +91,20 @@ READERS = {
     "weights": Reader("policy/policy.safetensors", lambda path: load_policy(path.parent)),
     "film": Reader("evaluation_frames.npz", read_film),
     "demonstrations": Reader("demonstrations.safetensors", load_demonstrations),
+}
+
+RESEALED = {
+    "manifest": Reader("checkpoint/manifest.json", _resume, _seal_object),
+    "state": Reader("checkpoint/state.json", _resume, _seal_checkpoint),
+    "optimiser": Reader("checkpoint/optimizer.safetensors", _resume, _seal_checkpoint),
+    "policy description": Reader(
+        "policy/policy.json", lambda path: load_policy(path.parent), lambda _: None
+    ),
+    "policy weights": Reader(
+        "policy/policy.safetensors", lambda path: load_policy(path.parent), _seal_weights
+    ),
+    "record": Reader(RECORD.name, _read_record, _seal_result),
+    "study": Reader(STUDY.name, _read_study, _seal_result),
 }
 
 
@@ -85,3 +143,16 @@ def test_every_damage_ends_in_an_error_or_a_load(name: str, sound: Path, tmp_pat
 def test_a_thousand_damages(name: str, sound: Path, tmp_path: Path) -> None:
     found = attack(name, READERS[name], sound, tmp_path / "files", 1000)
     print(f"{name}: {found}")
+
+
+@pytest.mark.parametrize("name", RESEALED)
+def test_damage_with_a_new_checksum(name: str, sound: Path, tmp_path: Path) -> None:
+    found = attack(f"resealed {name}", RESEALED[name], sound, tmp_path / "files", 100)
+    assert found["refused"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RESEALED)
+def test_thousands_of_damages_with_a_new_checksum(name: str, sound: Path, tmp_path: Path) -> None:
+    found = attack(f"resealed {name}", RESEALED[name], sound, tmp_path / "files", 2000, seed=100)
+    print(f"resealed {name}: {found}")

@@ -21,6 +21,7 @@ from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation
 from roadvla.evaluation.failures import MODES
 from roadvla.evaluation.sealed import AGAIN, read_sealed, write_sealed
+from roadvla.evaluation.typed import check_fields
 
 _BITS = ("success", "success_once", "grasped")
 
@@ -197,9 +198,10 @@ def read_record(path: Path) -> RunRecord:
     data = read_sealed(path)
     try:
         data["outcomes"] = tuple(_unpacked(outcomes) for outcomes in data["outcomes"])
-        data["curve"] = tuple(CurvePoint(**point) for point in data["curve"])
+        data["curve"] = tuple(_point(point) for point in data["curve"])
         data["envs"] = tuple(data["envs"])
         data["series"] = {name: tuple(values) for name, values in data["series"].items()}
+        check_fields(RunRecord, data)
         record = RunRecord(**data)
     except (TypeError, KeyError, ValueError, AttributeError, binascii.Error) as error:
         raise UserError(f"{path} is not a result file ({error}): {AGAIN}") from error
@@ -246,6 +248,11 @@ def check_comparable(records: Iterable[RunRecord]) -> None:
                     )
 
 
+def _point(data: dict[str, Any]) -> CurvePoint:
+    check_fields(CurvePoint, data)
+    return CurvePoint(**data)
+
+
 def _packed(outcomes: Outcomes) -> dict[str, Any]:
     data = {**outcomes.__dict__, "episodes": outcomes.episodes}
     for name in _BITS:
@@ -272,4 +279,5 @@ def _unpacked(data: dict[str, Any]) -> Outcomes:
         raise ValueError("its failure modes do not fit its episodes")
     if data["modes"] and data["mode_names"] != MODES:
         raise ValueError("its failure modes are those of another version")
+    check_fields(Outcomes, data, skip=_BITS)
     return Outcomes(**data)

@@ -10,6 +10,7 @@ from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS
 from roadvla.evaluation.records import RunRecord, check_comparable, read_record
 from roadvla.evaluation.sealed import AGAIN, read_sealed, write_sealed
+from roadvla.evaluation.typed import check_fields
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,9 @@ def read_study(path: Path) -> StudyRecord:
     try:
         for name in ("methods", "settings", "seeds"):
             data[name] = tuple(data[name])
+        check_fields(StudyRecord, data)
         return StudyRecord(**data)
-    except (TypeError, KeyError) as error:
+    except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path} does not describe a study ({error}): {AGAIN}") from error
 
 

@@ -212,13 +212,16 @@ def _check_resize(config: Mapping[str, Any], towers: int, image_size: int, path:
             f"{path}: image_resize_strategy {shown!r} is not supported; OpenVLA's is {STRATEGY!r}"
         )
     kinds = config.get("interpolations") or ["bicubic"] * towers
+    sizes = config.get("input_sizes") or []
+    if not isinstance(kinds, list) or not isinstance(sizes, list):
+        raise UserError(f"{path}: interpolations and input_sizes are no lists: {_FIX}")
     resizes = config.get("tvf_resize_params") or []
     for kind in [*kinds, *_parts(resizes, "interpolation")]:
-        if kind not in _BICUBIC:
+        if not isinstance(kind, str | int) or kind not in _BICUBIC:
             raise UserError(
                 f"{path}: interpolation {kind!r} is not supported; OpenVLA's is bicubic"
             )
-    sides = [list(size)[-2:] for size in config.get("input_sizes") or []]
+    sides = [size[-2:] if isinstance(size, list) else size for size in sizes]
     for size in [*sides, *_parts(resizes, "size")]:
         if size != [image_size, image_size]:
             raise UserError(
