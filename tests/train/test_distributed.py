@@ -169,7 +169,7 @@ def test_gradients_lie_in_memory_as_their_parameters(monkeypatch: pytest.MonkeyP
     unused = torch.nn.Parameter(torch.randn(2))
     gradients = Gradients([turned, plain, unused], World(0, 2), chunk_bytes=16)
     gradients.open()
-    gradients.last()
+    gradients.expect(last=True)
     (turned.square().sum() + plain.sum()).backward()
     gradients.close()
     assert turned.grad is not None
