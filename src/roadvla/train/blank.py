@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +27,7 @@ def blank(batch: Batch, policy: Policy) -> Batch:
     device = batch.action_tokens.device
     prompt = policy.tokenize([_INSTRUCTION]).to(device)
     seen = batch.observation
-    values = {field.name: _zeros(getattr(batch, field.name)) for field in fields(batch)}
+    values: dict[str, Any] = {f.name: _zeros(getattr(batch, f.name)) for f in fields(batch)}
     values["observation"] = Observation(
         image=seen.image.new_zeros(1, *seen.image.shape[1:]),
         prompt=prompt,
