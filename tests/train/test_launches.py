@@ -12,7 +12,6 @@ from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch
 from probe_runs import assert_same_run, run
 from torch import distributed, multiprocessing
 
@@ -62,11 +61,14 @@ def test_a_queue_s_signal_passed_on_is_not_a_second_one(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("launched")
 def test_what_is_left_to_do_is_not_interrupted_once_more() -> None:
-    with pytest.raises(Preempted), raise_queue_signals(), raise_queue_signals():
+    def work() -> None:
         try:
             send(signal.SIGTERM)
         finally:
             send(signal.SIGUSR1)
+
+    with raise_queue_signals(), raise_queue_signals(), pytest.raises(Preempted, match="SIGTERM"):
+        work()
     send(signal.SIGTERM)
 
 
@@ -126,14 +128,14 @@ def test_a_signal_to_launcher_and_processes_saves(
     assert saved(folder) == rows(folder) >= count
 
 
-def test_a_launcher_that_is_told_twice_waits_for_the_save(tmp_path: Path) -> None:
+def test_a_launcher_that_is_told_again_and_again_waits_for_the_save(tmp_path: Path) -> None:
     folder = tmp_path / "run"
     with start(folder) as process:
         wait_for_rows(process, folder)
         started = ranks(process.pid)
-        process.send_signal(signal.SIGUSR1)
-        time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
+        for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
+            process.send_signal(number)
+            time.sleep(0.05)
         process.wait(timeout=120)
         assert not any(Path(f"/proc/{pid}").exists() for pid in started)
         _, err = process.communicate()
