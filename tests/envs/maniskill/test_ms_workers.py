@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-# Workers of scenes that do nothing; the whole group gets a signal while they start, and three after.
+# Workers of scenes that do nothing, in a group that gets three signals.
 _PROGRAM = """
 import os, signal, sys, types
 import torch
