@@ -69,11 +69,19 @@ def test_a_slurm_job_begins_and_a_second_one_finds_it_finished(
     assert not Path(cluster["REQUEUED"]).exists()
 
 
-@pytest.mark.parametrize(("code", "requeued"), [(75, True), (1, True), (2, False)])
+@pytest.mark.parametrize(
+    ("code", "earlier", "requeued"),
+    [
+        *((75, 0, True), (75, 99, True), (0, 0, False), (2, 0, False), (130, 0, False)),
+        *((code, 19, True) for code in (1, 134, 137, 139, 143)),  # failed, or ended by a signal
+        *((code, 20, False) for code in (1, 137)),
+    ],
+)
 def test_only_what_waiting_mends_is_requeued(
-    cluster: dict[str, str], tmp_path: Path, code: int, requeued: bool
+    cluster: dict[str, str], tmp_path: Path, code: int, earlier: int, requeued: bool
 ) -> None:
     (tmp_path / "bin/srun").write_text(f"#!/bin/bash\nexit {code}\n")
+    cluster["SLURM_RESTART_COUNT"] = str(earlier)
     assert submit(cluster).returncode == code
     assert Path(cluster["REQUEUED"]).exists() == requeued
 

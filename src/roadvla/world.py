@@ -107,14 +107,6 @@ class World:
         """
         return number if self.size == 1 else int(self.gather(torch.tensor([number])).max())
 
-    def first(self, number: int) -> int:
-        """The first process's number, below 2⁶³.
-
-        Raises:
-            LostContactError: If another process does not take part.
-        """
-        return number if self.size == 1 else int(self.gather(torch.tensor([number]))[0])
-
     def agree(self, number: int) -> bool:
         """Whether every process has the same number, below 2⁶³.
 

@@ -7,9 +7,11 @@ import pytest
 import torch
 from evaluation_fakes import CountingEnv, RandomPolicy
 
+from probes import TablePolicy, make_colour_env
 from roadvla.errors import UserError, WorkerError
 from roadvla.evaluation.evaluate import evaluate
 from roadvla.evaluation.machine import describe_machine
+from roadvla.world import World
 
 
 class Worlds(list):
@@ -156,3 +158,21 @@ def test_a_batch_in_which_an_episode_is_lost_is_run_again():
     assert worlds[0].resets == [[0, 1, 2, 3]] * 3 + [[4, 5, 6, 7], [8, 9, 10, 11]]
     with pytest.raises(WorkerError, match="episodes 0 to 3 were lost 3 times"):
         run(LosingWorlds(3))
+
+
+@pytest.mark.parametrize("episodes", [3, 6, 10, 16, 20])
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_is_drawn_does_not_depend_on_the_number_of_processes(monkeypatch, episodes, processes):
+    """Each process in turn, without the others: what it finds is then its own part."""
+    options = {"env": "E", "split": "test", "episodes": episodes, "num_envs": 16}
+    alone = evaluate(TablePolicy(), make_env=make_colour_env, **options)
+    monkeypatch.setattr(World, "gather", lambda _, tensor, dim=0: tensor)
+    first = min(episodes, 16)
+    found = []
+    for rank in range(processes):
+        part = evaluate(
+            TablePolicy(), make_env=make_colour_env, ranks=World(rank, processes), **options
+        )
+        own = -(-first // processes)
+        found += part.success[:own]
+    assert tuple(found[:first]) == alone.success[:first]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from roadvla.evaluation.files import read_evaluation
 from roadvla.policy import load_backbone, load_policy, save_policy
 from roadvla.train.checkpoint import Progress, restore_optimizer, save_checkpoint
 from roadvla.train.config import Algorithm, EvaluationConfig, Optimizer, RolloutConfig
+from roadvla.train.digest import hashed, summed
 from roadvla.train.divergence import check_alike
 from roadvla.train.gradients import Gradients
 from roadvla.train.loop import train
@@ -169,7 +170,7 @@ def test_gradients_lie_in_memory_as_their_parameters(monkeypatch: pytest.MonkeyP
     unused = torch.nn.Parameter(torch.randn(2))
     gradients = Gradients([turned, plain, unused], World(0, 2), chunk_bytes=16)
     gradients.open()
-    gradients.last()
+    gradients.expect(last=True)
     (turned.square().sum() + plain.sum()).backward()
     gradients.close()
     assert turned.grad is not None
@@ -219,23 +220,55 @@ def _meet(folder: Path, rank: int) -> World:
     return World.current()
 
 
-def _compare_weights(rank: int, folder: Path) -> None:
-    world, weight = _meet(folder, rank), torch.nn.Parameter(torch.ones(5))
-    optimizer = torch.optim.AdamW([weight])
-    check_alike(optimizer, world, 3, str)
-    with torch.no_grad():
-        weight[2] += rank * torch.finfo(torch.float32).eps
-    with pytest.raises(WorkerError, match=r"the 2 processes are no longer.*iteration 4: .*kept it"):
-        check_alike(optimizer, world, 4, lambda: "kept it")
+def _compare(rank: int, folder: Path) -> None:
+    world, weight = _meet(folder, rank), torch.nn.Parameter(torch.arange(5.0))
+    optimizer, generator = torch.optim.AdamW([weight]), torch.Generator()
+    weight.grad = torch.ones(5)
+    optimizer.step()
+    check_alike(optimizer, generator, world, 3, str)
+    moment, place = optimizer.state[weight]["exp_avg"], torch.arange(5)
+    place[:2] = torch.tensor([rank, 1 - rank])
+    swapped = weight.detach()[place].clone()
+    moved = weight.detach().clone()
+    moved[2] += rank * torch.finfo(torch.float32).eps
+    told = "of the 2 processes are no longer.*iteration 4: .*kept it"
+    for values in (moved, swapped):
+        before = weight.detach().clone()
+        weight.data.copy_(values)
+        with pytest.raises(WorkerError, match=f"the weights {told}"):
+            check_alike(optimizer, generator, world, 4, lambda: "kept it")
+        weight.data.copy_(before)
+    moment[0] += rank
+    with pytest.raises(WorkerError, match=f"the optimizer states {told}"):
+        check_alike(optimizer, generator, world, 4, lambda: "kept it")
+    moment[0] = 0
+    torch.rand(1 + rank, generator=generator)
+    with pytest.raises(WorkerError, match=f"the random generators {told}"):
+        check_alike(optimizer, generator, world, 4, lambda: "kept it")
     assert world.agree(7)
     assert not world.agree(rank)
     (folder / f"told-{rank}").touch()
     distributed.destroy_process_group()
 
 
-def test_weights_that_drift_apart_in_one_bit_are_noticed_by_all(tmp_path: Path) -> None:
-    multiprocessing.spawn(_compare_weights, (tmp_path,), nprocs=2)
+def test_processes_that_drift_apart_in_one_bit_are_noticed_by_all(tmp_path: Path) -> None:
+    multiprocessing.spawn(_compare, (tmp_path,), nprocs=2)
     assert len(list(tmp_path.glob("told-*"))) == 2
+
+
+@pytest.mark.parametrize("digest", [hashed, summed])
+def test_a_digest_sees_bits_and_their_places(digest: Callable[..., int]) -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    found = {digest([values])}
+    for index in range(0, 1000, 37):
+        other = values.clone()
+        other.view(torch.int32)[index] ^= 1 << (index % 31)
+        found.add(digest([other]))
+    found |= {digest([values.flip(0)]), digest([values.roll(1)])}
+    found |= {digest(values.split(500)), digest(values.split(500)[::-1])}
+    found |= {digest([values.bfloat16()]), digest([values[:0]])}
+    assert len(found) == 1 + 28 + 2 + 2 + 2
+    assert digest([values]) == digest([values.reshape(10, 100)])
 
 
 # The real thing, as people start it.

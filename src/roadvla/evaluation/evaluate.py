@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int, UInt8
 from torch import Tensor
+from torch.nn.functional import pad
 
 from roadvla import envs
 from roadvla.envs.base import Privileged, VectorEnv
@@ -177,6 +178,8 @@ def evaluate(
         UserError: If there is no such setting, split or simulator, or a number is out of range.
     """
     ranks = ranks or World()
+    drawn = min(num_envs, episodes)
+    # Processes with nothing left to do run further episodes, whose outcome is dropped.
     num_envs = min(num_envs, ranks.size * -(-episodes // ranks.size))
     check_request(split, episodes, temperature, num_envs, seed=seed, record=record)
     if make_env is None:
@@ -185,7 +188,7 @@ def evaluate(
     own = ranks.share(num_envs)
     world = make_env(env, split=split, num_envs=own, sim=sim, device=device)
     moved = SETTINGS[env].distribution(split).reposition_step if env in SETTINGS else 0
-    plan = _Plan(episodes, temperature, seed, record, ranks, moved)
+    plan = _Plan(episodes, temperature, seed, record, ranks, drawn, moved)
     try:
         found, film = _run_all(policy, world, plan, on_progress)
     finally:
@@ -215,13 +218,18 @@ def evaluate(
 
 @dataclass(frozen=True)
 class _Plan:
-    """Which episodes are run, how, and by whom."""
+    """Which episodes are run, how, and by whom.
+
+    Attributes:
+        drawn: For how many episodes of a batch numbers are drawn, whatever the number of processes.
+    """
 
     episodes: int
     temperature: float
     seed: int
     record: int
     ranks: World
+    drawn: int
     repositioned: int
 
 
@@ -242,7 +250,7 @@ def _run_all(
             generator = _generator(plan.seed, batch, world.device)
             columns, film = _run_batch(policy, world, ids, plan, generator, filmed)
             outcomes = as_lists(columns, ranks)
-            if not any(outcomes.pop("lost", ())):
+            if not any(outcomes.pop("lost", ())[: plan.episodes - start]):
                 break
         else:
             raise WorkerError(
@@ -279,7 +287,8 @@ def _run_batch(
         uniform = None
         if ranks.size > 1:
             size = ranks.size * len(image)
-            uniform = draw_uniform(size, policy.num_tokens, generator)[ranks.rows(size)]
+            uniform = draw_uniform(plan.drawn, policy.num_tokens, generator)
+            uniform = pad(uniform, (0, 0, 0, size - plan.drawn))[ranks.rows(size)]
         output = policy.act(
             Observation(image=image, prompt=prompt),
             temperature=plan.temperature,

@@ -87,9 +87,10 @@ def _train(
     force: bool = False,
 ) -> None:
     """Train, here or in processes that are started with the same arguments."""
-    from roadvla.train.distributed import is_launched, launch, speaks, was_restarted
+    from roadvla.train.distributed import launch
+    from roadvla.train.launched import is_launched, speaks
     from roadvla.train.loop import train as run
-    from roadvla.train.run_folder import CONFIG, load_experiment
+    from roadvla.train.run_folder import load_experiment
 
     if processes != _Processes() and not is_launched():
         restarts = processes.max_restarts
@@ -98,8 +99,6 @@ def _train(
         return
     if experiment is None:
         experiment = load_experiment(folder or Path())
-    if if_begun or was_restarted():
-        resume = (Path(experiment.output) / CONFIG).exists()
-    done = run(experiment, resume=resume, force=force and not was_restarted())
+    done = run(experiment, resume=resume, if_begun=if_begun, force=force)
     if speaks():
         print(done)

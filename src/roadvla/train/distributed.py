@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -28,7 +30,11 @@ _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 PATIENCE = timedelta(minutes=30)
 """Longest wait for another process: longer than an iteration, an evaluation or a save takes."""
 _SHUTDOWN_SECONDS = 600
-_SIGNALS = "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1,SIGUSR2"
+_OURS = (signal.SIGINT, *QUEUE_SIGNALS)
+_SIGNALS = "SIGHUP,SIGQUIT,SIGUSR2"
+"""Those that torchrun itself passes on; it would take the second as a reason to leave at once."""
+_FINAL = (PREEMPTED, 128 + signal.SIGINT, 2)
+"""Codes of a process that was told to stop, or was told nonsense: starting again mends neither."""
 _LAST_LINES = 5
 
 
@@ -78,21 +84,6 @@ def joined(device: str) -> Iterator[World]:
         distributed.destroy_process_group()
 
 
-def is_launched() -> bool:
-    """Whether torchrun, or ``launch``, started this process."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def was_restarted() -> bool:
-    """Whether torchrun has started the processes of this run again after one failed."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
-
-
-def speaks() -> bool:
-    """Whether this process is the one that prints results."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -> int:
     """Run ``roadvla`` in several processes of this machine and wait for them.
 
@@ -101,10 +92,11 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
     Args:
         processes: How many, at least 1.
         arguments: Of each, after ``roadvla``.
-        max_restarts: How often all are started again after one failed.
+        max_restarts: How often all are started again after one failed; not after one that was
+            stopped by a signal that it heeds (75, 130) or had bad input (2).
 
     Returns:
-        Exit code of the first that failed; 0 if none did.
+        Exit code of the first that failed; 0 if none did in the last attempt.
 
     Raises:
         UserError: If a number is out of range.
@@ -113,23 +105,58 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
         raise UserError(
             f"nproc is {processes} and max_restarts {max_restarts}: expected at least 1 and 0"
         )
-    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # we say it ourselves
     # More threads than cores wait for each other actively, which is slower than any of them alone.
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    name, rank, code, words = f"roadvla-{uuid.uuid4()}", 0, 0, ""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    with _heard_once():
+        try:
+            for left in range(max_restarts, -1, -1):
+                rank, code, words = _attempt(processes, arguments, name)
+                if code in (0, *_FINAL) or not left:
+                    break
+                print(
+                    f"roadvla: process {rank} ended with {code}: starting all {processes} again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        except SignalException as error:
+            number = error.sigval
+            return PREEMPTED if number in QUEUE_SIGNALS else 128 + int(number)
+    if words:
+        print(words, file=sys.stderr)
+    return code if code >= 0 else 1
+
+
+def _attempt(processes: int, arguments: Sequence[str], name: str) -> tuple[int, int, str]:
+    """Run all processes once.
+
+    Torchrun itself would start all again whatever one ended with, so it is not asked to.
+
+    Returns:
+        The process that failed first, or one that should not be started again; its exit code,
+        negative for a signal, and its last words if they have not been seen; 0, 0 and none if all
+        went well.
+
+    Raises:
+        SignalException: If this process got a signal; the others have it and have left.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     with tempfile.TemporaryDirectory(prefix="roadvla-ranks-") as folder:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
             nproc_per_node=processes,
-            max_restarts=max_restarts,
+            max_restarts=0,
             rdzv_backend="c10d",
             rdzv_endpoint="localhost:0",
-            run_id="roadvla",
+            run_id=name,
             logs_specs=DefaultLogsSpecs(
                 log_dir=folder,
                 redirects=dict.fromkeys(range(1, processes), Std.ALL),
@@ -140,13 +167,30 @@ def launch(processes: int, arguments: Sequence[str], *, max_restarts: int = 0) -
         try:
             elastic_launch(config, sys.executable)("-m", "roadvla", *arguments)
         except ChildFailedError as error:
-            rank, failure = error.get_first_failure()
-            if rank != 0:
-                print(_last_words(Path(folder), rank), file=sys.stderr)
-            return failure.exitcode if failure.exitcode > 0 else 1
-        except SignalException as error:
-            return PREEMPTED if error.sigval in QUEUE_SIGNALS else 128 + int(error.sigval)
-    return 0
+            first, _ = error.get_first_failure()
+            codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            rank = next((rank for rank, code in codes.items() if code in _FINAL), first)
+            return rank, codes[rank], "" if rank == 0 else _last_words(Path(folder), rank)
+    return 0, 0, ""
+
+
+@contextmanager
+def _heard_once() -> Iterator[None]:
+    """Pass a queue's first signal on, and ignore what follows until the processes have left."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+
+    def pass_on(number: int, _: object) -> None:
+        for other in QUEUE_SIGNALS:
+            signal.signal(other, signal.SIG_IGN)
+        name = signal.Signals(number)
+        raise SignalException(f"the launcher got {name.name}", sigval=name)
+
+    former = {number: signal.signal(number, pass_on) for number in _OURS}
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
 
 
 def _take_gpu(device: str) -> None:

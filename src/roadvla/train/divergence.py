@@ -15,6 +15,7 @@ from roadvla.policy.base import Policy
 from roadvla.train.checkpoint import latest_checkpoint
 from roadvla.train.config import Experiment
 from roadvla.train.diagnosis import write_diagnosis
+from roadvla.train.digest import digest
 from roadvla.train.run_folder import about
 from roadvla.train.serialize import fingerprint
 from roadvla.types import Batch
@@ -86,12 +87,17 @@ def check_same_settings(experiment: Experiment, world: World) -> None:
 
 
 def check_alike(
-    optimizer: torch.optim.Optimizer, world: World, iteration: int, kept: Callable[[], str]
+    optimizer: torch.optim.Optimizer,
+    generator: torch.Generator,
+    world: World,
+    iteration: int,
+    kept: Callable[[], str],
 ) -> None:
-    """Make sure that every process has the same weights, bit for bit.
+    """Make sure that every process has the same weights, moments and generator, bit for bit.
 
     Args:
         optimizer: Of the weights.
+        generator: Of all that is random.
         world: The processes.
         iteration: For the message.
         kept: Says what there is to go on from, for the message.
@@ -102,12 +108,21 @@ def check_alike(
     if world.size == 1:
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    bits = [p.detach().contiguous().view(torch.int32).long().sum() for p in parameters]
-    if not world.agree(int(torch.stack(bits).sum())):
-        raise WorkerError(
-            f"the weights of the {world.size} processes are no longer the same after iteration "
-            f"{iteration}: a device or a connection is at fault; {kept()}"
-        )
+    states = [optimizer.state.get(parameter, {}) for parameter in parameters]
+    moments = [
+        state[name] for state in states for name in sorted(state) if torch.is_tensor(state[name])
+    ]
+    held = {
+        "weights": parameters,
+        "optimizer states": moments,
+        "random generators": [generator.get_state()],
+    }
+    for what, tensors in held.items():
+        if not world.agree(digest(tensors)):
+            raise WorkerError(
+                f"the {what} of the {world.size} processes are no longer the same after iteration "
+                f"{iteration}: a device or a connection is at fault; {kept()}"
+            )
 
 
 def _reasons(experiment: Experiment, metrics: dict[str, float]) -> list[str]:

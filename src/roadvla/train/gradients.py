@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import distributed, nn
+from torch import Tensor, distributed, nn
 
 from roadvla.errors import LostContactError
 from roadvla.world import World
@@ -18,7 +18,7 @@ CHUNK_BYTES = 25_000_000
 class Gradients:
     """All parameters' gradients in one flat buffer, sent chunk by chunk as they become final.
 
-    Use it as ``for step: open(); backward …; last(); backward; close()``. The last backward pass
+    Use it as ``for step: open(); for pass: expect(…); backward; close()``. The last backward pass
     fills the buffer from its end; a chunk leaves when the gradients in it, and all chunks after
     it, are final, so that every process sends the same chunks in the same order.
 
@@ -42,8 +42,9 @@ class Gradients:
         self._cut(sizes, max(1, chunk_bytes // self._flat.element_size()))
         self._touched = torch.zeros(len(parameters), device=self._flat.device)
         self._unused: list[int] | None = None
-        self._armed, self._work = False, []  # type: ignore[var-annotated]
-        self._hooks = [
+        self._armed, self._counts, self._work = False, True, []  # type: ignore[var-annotated]
+        self._hooks = [parameter.register_hook(self._counted) for parameter in parameters]
+        self._hooks += [
             parameter.register_post_accumulate_grad_hook(lambda _, i=index: self._arrived(i))
             for index, parameter in enumerate(parameters)
         ]
@@ -53,12 +54,18 @@ class Gradients:
         self._flat.zero_()
         for parameter, view in zip(self._parameters, self._views, strict=True):
             parameter.grad = view
-        self._armed, self._work, self._next = False, [], len(self._chunks) - 1
+        self._armed, self._counts = False, True
+        self._work, self._next = [], len(self._chunks) - 1
         self._missing = [len(members) for members, _ in self._chunks]
 
-    def last(self) -> None:
-        """Say that the next backward pass is this process's last of the step."""
-        self._armed = True
+    def expect(self, *, last: bool, counts: bool = True) -> None:
+        """Say what the next backward pass of this process is.
+
+        Args:
+            last: Whether it is the step's last.
+            counts: Whether it adds to the gradient, or is made for the other processes' sake.
+        """
+        self._armed, self._counts = last, counts
 
     def close(self) -> None:
         """Send what has not left yet and wait for the sums.
@@ -102,6 +109,10 @@ class Gradients:
                 self._chunks.append((members, slice(start, stop)))
                 members, start = [], stop
         self._chunk_of = {index: c for c, (many, _) in enumerate(self._chunks) for index in many}
+
+    def _counted(self, gradient: Tensor) -> Tensor | None:
+        """Put zeros in place of a gradient that counts for nothing: it may be NaN."""
+        return None if self._counts else torch.zeros_like(gradient)
 
     def _arrived(self, index: int) -> None:
         """Note that a gradient has been added; in the last pass it is final."""

@@ -1,15 +1,25 @@
-"""Ctrl-C and a queue's signals: the first lets the iteration finish, the second stops at once."""
+"""Ctrl-C and a queue's signals: the first lets the iteration finish, the second stops at once.
+
+A process that was started together with others may hear of the same signal more than once: from the
+queue, from its launcher, and from a launcher that ends all because one of them has left. So there
+the first one counts, and a second Ctrl-C stops at once only if it does not follow at once.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+from roadvla.train.launched import is_launched
 
 PREEMPTED = 75
 """Exit code after a queue's signal: sysexits' EX_TEMPFAIL, ask for the job to be run again."""
 QUEUE_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_ECHO_SECONDS = 1.0
+"""A second Ctrl-C within this time is the first one, passed on."""
 
 
 class Interrupted(KeyboardInterrupt):
@@ -34,6 +44,7 @@ class Interrupts:
 
     def __init__(self) -> None:
         self._first: KeyboardInterrupt | None = None
+        self._noted = 0.0
 
     @property
     def requested(self) -> bool:
@@ -41,14 +52,16 @@ class Interrupts:
         return self._first is not None
 
     def request(self, number: int, _: object) -> None:
-        """Note the first signal and obey the second.
+        """Note the first signal and obey the second, if it is not the first one once more.
 
         Raises:
             KeyboardInterrupt: At the second.
         """
-        if self.requested:
+        if self._first is None:
+            self._first, self._noted = _interrupt(number), time.monotonic()
+            _hear_once()
+        elif not (is_launched() and time.monotonic() - self._noted < _ECHO_SECONDS):
             raise _interrupt(number)
-        self._first = _interrupt(number)
 
     @property
     def kind(self) -> int:
@@ -97,11 +110,23 @@ def _handling(handler: object, numbers: tuple[signal.Signals, ...]) -> Iterator[
         yield
     finally:
         for number, former in previous.items():
-            signal.signal(number, former)
+            if signal.getsignal(number) == handler:  # else it is ignored until the end
+                signal.signal(number, former)
 
 
 def _raise(number: int, _: object) -> None:
+    _hear_once()
     raise _interrupt(number)
+
+
+def _hear_once() -> None:
+    """Ignore the queue from now to the end of this process, if it is one of several.
+
+    What is left to do may be a checkpoint that is just being written.
+    """
+    if is_launched():
+        for number in QUEUE_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(number: int) -> KeyboardInterrupt:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from roadvla.errors import UserError
 from roadvla.evaluation.files import write_evaluation
 from roadvla.train.checkpoint import latest_checkpoint
 from roadvla.train.config import Experiment
@@ -23,7 +24,7 @@ from roadvla.train.metrics import MetricsWriter, evaluation_metrics
 from roadvla.train.notes import add_note
 from roadvla.train.parts import Parts
 from roadvla.train.progress import Display
-from roadvla.train.resume import agreed_checkpoint
+from roadvla.train.resume import agreed_checkpoint, agreed_start
 from roadvla.train.run_folder import (
     check_claimable,
     check_resumable,
@@ -37,17 +38,24 @@ _FILMED = 6
 
 
 def train(
-    experiment: Experiment, *, resume: bool = False, force: bool = False, parts: Parts | None = None
+    experiment: Experiment,
+    *,
+    resume: bool = False,
+    if_begun: bool = False,
+    force: bool = False,
+    parts: Parts | None = None,
 ) -> Path:
     """Run an experiment to its end, or go on with it.
 
-    Ctrl-C, SIGTERM and SIGUSR1 let the iteration finish, save and stop; a second one stops at once.
+    Ctrl-C, SIGTERM and SIGUSR1 let the iteration finish, save and stop; a second one stops at once,
+    but a queue's only where there are no other processes.
     A resumed run continues from its last good checkpoint exactly as if it had never stopped (bit
     for bit on a CPU). No other process can write into the folder meanwhile.
 
     Args:
         experiment: What to do.
         resume: Go on with the run in ``experiment.output``, whose settings must be the same.
+        if_begun: The same if there is one; begin it if not.
         force: Replace a run, a warm-up or a policy that is already there.
         parts: Environment and policy; the package's, of the experiment's kind, unless given.
 
@@ -65,7 +73,10 @@ def train(
         with raise_queue_signals(), ExitStack() as held:
             experiment.check_complete()
             world = held.enter_context(joined(experiment.device))
-            resume = begun = bool(world.follow(int(resume)))
+            resume, force = agreed_start(
+                folder, world, resume=resume, if_begun=if_begun, force=force
+            )
+            begun = resume
             check_same_settings(experiment, world)
             checkpoint, passed_over = None, ""
             if resume:
@@ -123,6 +134,8 @@ def _loop(trainer: Trainer, folder: Path, passed_over: str) -> None:
                 stopping = world.most(interrupts.kind)
                 if due or done.iteration == total or stopping:
                     trainer.save(folder)
+        if stopping:
+            world.wait()  # whoever leaves first has the others ended: the save must be over
         raise_interrupt(stopping)
         if start.iteration == total:
             trainer.retire(folder)
@@ -144,6 +157,9 @@ def _loop(trainer: Trainer, folder: Path, passed_over: str) -> None:
 
 
 def _stopped(folder: Path) -> str:
-    found = latest_checkpoint(folder / "checkpoints")
+    try:
+        found = latest_checkpoint(folder / "checkpoints")
+    except UserError:  # for the next start to find out; this one was stopped
+        return f"stopped; go on with `{resume_command(folder)}`"
     where = "before the first checkpoint" if found is None else f"saved at {found.name}"
     return f"stopped, {where}; go on with `{resume_command(folder)}`"

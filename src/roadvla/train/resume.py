@@ -1,4 +1,4 @@
-"""Where a run goes on: chosen by the first of its processes, for all of them.
+"""Whether and where a run goes on: chosen by the first of its processes, for all of them.
 
 Processes on several machines may see a shared disk at different moments. Were each to choose for
 itself, they could go on from different checkpoints.
@@ -12,10 +12,40 @@ import torch
 
 from roadvla.errors import UserError, WorkerError
 from roadvla.train.checkpoint import checkpoint_folder, good_checkpoint
+from roadvla.train.launched import launch_id, was_restarted
 from roadvla.train.manifest import seal
+from roadvla.train.run_folder import is_begun
 from roadvla.world import World
 
 _NONE, _UNREADABLE = -1, -1
+
+
+def agreed_start(
+    folder: Path, world: World, *, resume: bool, if_begun: bool, force: bool
+) -> tuple[bool, bool]:
+    """Decide whether to go on with the run in a folder, and whether it may be replaced.
+
+    Processes that are started again get the arguments of the first time. So a run that this very
+    launch began is gone on with, and never replaced. A launch without a name is known by having
+    been restarted, which on several machines not every process may know.
+
+    Args:
+        folder: Of the run.
+        world: The processes.
+        resume: What was asked for.
+        if_begun: The same, if there is a run.
+        force: Replace a run that is there.
+
+    Returns:
+        Whether to go on, and whether to replace.
+
+    Raises:
+        LostContactError: If another process does not take part.
+    """
+    launch, restarted = launch_id(), world.any(was_restarted())
+    ours = is_begun(folder, launch) if launch is not None else restarted and is_begun(folder)
+    resume = is_begun(folder) if if_begun else resume or ours
+    return bool(world.follow(int(resume))), bool(world.follow(int(force and not ours)))
 
 
 def agreed_checkpoint(root: Path, world: World) -> tuple[Path | None, str]:

@@ -18,6 +18,7 @@ from roadvla.evaluation.machine import describe_machine
 from roadvla.files import read_json
 from roadvla.train.checkpoint import is_base, policy_folder
 from roadvla.train.config import Experiment
+from roadvla.train.launched import launch_id
 from roadvla.train.notes import NOTES
 from roadvla.train.serialize import difference, from_dict, setting, to_dict
 
@@ -35,6 +36,9 @@ _RUN_PARTS = (
 _PARTS = (*_POLICY_PARTS, *_RUN_PARTS, CONFIG)
 _WITH_CRITIC = ("ppo", "road")
 _ABOUT = ("roadvla_version", "command", "started", "machine")
+_LAUNCH = "launch"
+_BESIDE = (*_ABOUT, _LAUNCH)
+"""What a run's configuration holds beside the settings."""
 
 
 def resume_command(folder: Path) -> str:
@@ -141,8 +145,25 @@ def create_run_folder(experiment: Experiment, *, force: bool) -> Path:
     """
     folder = Path(experiment.output)
     claim_folder(folder, force=force, sources=sources_of(experiment))
-    write_json(folder / CONFIG, {**to_dict(experiment), **about(experiment.device)})
+    launch = launch_id()
+    beside = about(experiment.device) | ({} if launch is None else {_LAUNCH: launch})
+    write_json(folder / CONFIG, {**to_dict(experiment), **beside})
     return folder
+
+
+def is_begun(folder: Path, launch: str | None = None) -> bool:
+    """Whether a folder holds a run, or one that a certain launch began.
+
+    Args:
+        folder: Where to look.
+        launch: As ``launch_id``; any will do if ``None``.
+    """
+    if launch is None:
+        return (folder / CONFIG).exists()
+    try:
+        return read_json(folder / CONFIG)[_LAUNCH] == launch
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def sources_of(experiment: Experiment) -> tuple[str | None, ...]:
@@ -169,7 +190,7 @@ def load_experiment(folder: Path) -> Experiment:
         raise UserError(f"{path} is damaged ({error}): start a new run") from error
     if not isinstance(data, dict):
         raise UserError(f"{path} does not hold a configuration: start a new run")
-    settings = {name: value for name, value in data.items() if name not in _ABOUT}
+    settings = {name: value for name, value in data.items() if name not in _BESIDE}
     return from_dict({**settings, "output": str(folder)}, source=str(path))
 
 

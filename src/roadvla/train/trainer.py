@@ -212,9 +212,10 @@ class Trainer:
         """Write a checkpoint into the run folder; of several processes the first does.
 
         Raises:
-            WorkerError: If the processes' weights are not the same.
+            WorkerError: If the processes do not hold the same.
         """
-        check_alike(self.optimizer, self.world, self.progress.iteration, self._kept)
+        iteration = self.progress.iteration
+        check_alike(self.optimizer, self.generator, self.world, iteration, self._kept)
         if not self.world.is_first:
             return
         save_checkpoint(

@@ -23,11 +23,12 @@ from roadvla.objective import (
     value_loss,
 )
 from roadvla.policy.base import Policy
+from roadvla.train.blank import blank
 from roadvla.train.config import Algorithm, Optimizer
 from roadvla.train.gradients import Gradients, exchanged
+from roadvla.train.means import Means
 from roadvla.train.share import Share
 from roadvla.types import Batch, Observation
-from roadvla.world import World
 
 _PROBE = 128
 
@@ -109,6 +110,8 @@ def update(
     """
     device = batch.action_tokens.device
     share = share or Share.alone(len(batch.action_tokens))
+    if share.in_step and not len(batch.action_tokens):
+        batch = blank(batch, policy)
     learning = _Learning(policy, optimizer, batch, share, algorithm, settings, temperature)
     probe = torch.randperm(len(share), generator=generator, device=device)[:_PROBE].cpu()
     if value_only:
@@ -281,8 +284,9 @@ class _Learning:
 
     def run(self, generator: torch.Generator | None, *, value_only: bool) -> dict[str, Tensor]:
         """Take the optimiser's steps, epoch after epoch, and return the means over minibatches."""
-        settings, limit, totals = self.settings, self.algorithm.kl_stop, _Means()
+        settings, limit = self.settings, self.algorithm.kl_stop
         device, size = self.batch.action_tokens.device, settings.minibatch * settings.accumulation
+        totals = Means(device)
         with exchanged(self.optimizer, self.share.world) as gradients:
             for _ in range(self.algorithm.epochs):
                 for group in self.share.groups(size, generator=generator, device=device):
@@ -310,7 +314,7 @@ class _Learning:
         self,
         group: Int[Tensor, " n"],
         value_only: bool,
-        totals: _Means,
+        totals: Means,
         gradients: Gradients | None,
     ) -> Tensor:
         """Add up the gradient of the mean loss over a group; returns this process's share of KL."""
@@ -328,10 +332,12 @@ class _Learning:
                 temperature=self.temperature,
                 value_only=value_only,
             )
-            if gradients is not None and number == len(passes):
-                gradients.last()
+            if gradients is not None:
+                gradients.expect(last=number == len(passes), counts=portion > 0)
             (total * portion).backward()
-            kl = kl + parts.pop("policy/kl_estimate") * portion
+            estimate = parts.pop("policy/kl_estimate")
+            # What counts for nothing may be NaN, and NaN times nothing is NaN.
+            kl = kl + estimate * portion if portion else kl
             for name, value in parts.items():
                 totals.add(name, value, len(place) if portion else 0)
         if gradients is not None:
@@ -349,33 +355,3 @@ def _step(optimizer: torch.optim.Optimizer, settings: Optimizer) -> tuple[Tensor
     optimizer.found_inf = skipped  # type: ignore[attr-defined]
     optimizer.step()
     return norm, skipped
-
-
-class _Means:
-    """Weighted means of what is finite; everything stays on the device."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
-        self._weights: dict[str, Tensor] = {}
-        self._counts: dict[str, Tensor] = {}
-
-    def add(self, name: str, value: Tensor, weight: int) -> None:
-        finite = torch.isfinite(value)
-        kept = torch.where(finite, value, 0.0) * weight
-        self._sums[name] = self._sums.get(name, 0.0) + kept
-        self._weights[name] = self._weights.get(name, 0.0) + finite.to(value.dtype) * weight
-
-    def count(self, name: str, value: Tensor) -> None:
-        """Add up what every process counts alike."""
-        self._counts[name] = self._counts.get(name, 0.0) + value
-
-    def means(self, world: World) -> dict[str, Tensor]:
-        """Over the minibatches of all processes; NaN where nothing was finite."""
-        sums, weights = self._sums, self._weights
-        if world.size > 1:
-            names = sorted(sums)
-            table = torch.stack([torch.stack([sums[n], weights[n]]) for n in names])
-            found = world.total(table.double())
-            sums = dict(zip(names, found[:, 0], strict=True))
-            weights = dict(zip(names, found[:, 1], strict=True))
-        return {name: sums[name] / weights[name] for name in sums} | self._counts

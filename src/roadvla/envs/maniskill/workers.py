@@ -11,7 +11,6 @@ import os
 import signal
 import sys
 import tempfile
-import threading
 import time
 import traceback
 import weakref
@@ -19,9 +18,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
@@ -37,6 +37,8 @@ TIMEOUT = 300.0
 _SECONDS_PER_SCENE = 2.0
 _LAST_WORDS = 4000
 _GRACE = 5.0
+_IGNORED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that a terminal or a queue sends to a whole group: a worker ends when its pipe does."""
 _LOSSES = 3
 """Times in a row that the workers of the same scenes may be lost."""
 
@@ -84,6 +86,8 @@ class Workers:
         edges = [count * index // processes for index in range(processes + 1)]
         self._workers = [self._start(*rows) for rows in pairwise(edges)]
         self._finalizer = weakref.finalize(self, _stop, self._workers, self._folder)
+        # At the end of the program multiprocessing would send SIGTERM and wait: it goes first.
+        Finalize(self, self._finalizer, exitpriority=1)
         try:
             self._wait(self._workers, replaceable=False)
         except BaseException:
@@ -213,23 +217,33 @@ class Workers:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Let a new process ignore Ctrl-C from its first moment: it inherits what is ignored."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Hold back signals from a new process until it ignores them: what is held back is inherited.
+
+    This process gets at the end what came meanwhile.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
     try:
+        # The first start of all also starts a helper, and lets signals through again after that.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_signals() -> None:
+    """Leave to the parent what becomes of the run: signals may reach the whole group."""
+    for number in _IGNORED:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _IGNORED)
 
 
 def _stop(workers: list[_Worker], folder: tempfile.TemporaryDirectory[str]) -> None:
     for worker in workers:
-        worker.pipe.close()
-        worker.process.terminate()
+        worker.pipe.close()  # which tells it to leave
+    deadline = time.monotonic() + _GRACE
     for worker in workers:
-        worker.process.join(timeout=_GRACE)
+        worker.process.join(timeout=max(0.0, deadline - time.monotonic()))
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join(timeout=_GRACE)
@@ -245,8 +259,7 @@ def _last_words(log: Path) -> str:
 
 def _work(pipe: Connection, recipe: Recipe, outputs: Outputs, actions: Tensor, log: Path) -> None:
     """Run the scenes of one process until the pipe closes."""
-    # Ctrl-C reaches the whole group: what becomes of the run is for the parent to decide.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _ignore_signals()
     _write_into(log)
     torch.set_num_threads(1)
     from roadvla.envs.maniskill.simulation import Simulation
