@@ -62,6 +62,13 @@ def _adapter(path: Path) -> None:
     load_policy(path.parent)
 
 
+def _seal_adapter(path: Path) -> None:
+    description = path.with_name("policy.json")
+    data = json.loads(description.read_text())
+    data["sha256"][path.name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    description.write_text(json.dumps(data))
+
+
 def _archive(path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as root:
         try:
@@ -95,6 +102,10 @@ READERS = {
             *("policy.json", "adapter_config.json", "adapter_model.safetensors"),
             *("value_head.safetensors", "dataset_statistics.json"),
         )
+    },
+    **{
+        f"resealed adapter {name}": Reader(f"adapter/{name}", _adapter, _seal_adapter)
+        for name in ("adapter_model.safetensors", "value_head.safetensors")
     },
 }
 

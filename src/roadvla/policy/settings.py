@@ -43,7 +43,20 @@ class OpenVLASettings:
     shard: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse values out of range."""
+        """Refuse values of another type or out of range: they may come from a file."""
+        for names, kind, what in (
+            (("lora_rank", "lora_alpha", "inference_batch"), int, "a whole number"),
+            (
+                ("lora_lm_head", "activation_checkpointing", "compile", "shard"),
+                bool,
+                "true or false",
+            ),
+            (("norm_key",), (str, type(None)), "a name"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+                    raise UserError(f"{name} is {repr(value)[:40]}: expected {what}")
         if self.compile and self.shard:
             raise UserError("compile and shard do not go together: set one of them to false")
         for name in ("lora_rank", "lora_alpha", "inference_batch"):

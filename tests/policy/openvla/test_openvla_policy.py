@@ -347,3 +347,18 @@ def disturb(policy: OpenVLAPolicy, seed: int = 0) -> None:
         for parameter in [*policy.policy_parameters(), *policy.value_parameters()]:
             noise: Tensor = torch.randn(parameter.shape, generator=generator)
             parameter.add_(0.05 * noise)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("norm_key", value) for value in ([], {}, 3, True)),
+        *(("lora_rank", value) for value in (True, 1.5, "4", None, [], 0)),
+        *(("shard", value) for value in (1, "true", None, [])),
+        *(("dtype", value) for value in ([], None, "int8")),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_settings_of_another_type_are_refused(name: str, value: object) -> None:
+    with pytest.raises(UserError, match=f"{name} is .*(expected|use|needed)"):
+        OpenVLASettings(**{name: value})  # type: ignore[arg-type]
