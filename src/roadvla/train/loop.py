@@ -32,6 +32,7 @@ from roadvla.train.run_folder import (
     resume_command,
     sources_of,
 )
+from roadvla.train.sources import check_sources, sources_now
 from roadvla.train.trainer import Trainer
 
 _FILMED = 6
@@ -82,6 +83,7 @@ def train(
             if resume:
                 if world.is_first:
                     held.enter_context(locked(check_resumable(experiment)))
+                    check_sources(experiment)
                 checkpoint, passed_over = agreed_checkpoint(folder / "checkpoints", world)
             elif world.is_first:
                 check_free(folder)
@@ -92,7 +94,7 @@ def train(
                 if world.is_first:
                     # Locked only now: what is refused until here leaves no trace on the disk.
                     held.enter_context(locked(folder))
-                    create_run_folder(experiment, force=force)
+                    create_run_folder(experiment, force=force, sources=sources_now(experiment))
                 world.wait()
                 begun = True
             _loop(trainer, folder, passed_over)

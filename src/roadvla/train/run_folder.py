@@ -7,7 +7,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -37,7 +37,8 @@ _PARTS = (*_POLICY_PARTS, *_RUN_PARTS, CONFIG)
 _WITH_CRITIC = ("ppo", "road")
 _ABOUT = ("roadvla_version", "command", "started", "machine")
 _LAUNCH = "launch"
-_BESIDE = (*_ABOUT, _LAUNCH)
+_SOURCES = "sources"
+_BESIDE = (*_ABOUT, _LAUNCH, _SOURCES)
 """What a run's configuration holds beside the settings."""
 
 
@@ -133,12 +134,15 @@ def write_json(path: Path, value: Any) -> None:
         raise _unwritable(path, error) from error
 
 
-def create_run_folder(experiment: Experiment, *, force: bool) -> Path:
+def create_run_folder(
+    experiment: Experiment, *, force: bool, sources: Mapping[str, Any] | None = None
+) -> Path:
     """Make an empty run folder with the resolved configuration in it.
 
     Args:
         experiment: What will run.
         force: Whether a run or a policy that is already there is removed; other files stay.
+        sources: What it is made from, for ``load_sources``.
 
     Raises:
         UserError: If it already holds a run or a policy, or cannot be written.
@@ -146,9 +150,24 @@ def create_run_folder(experiment: Experiment, *, force: bool) -> Path:
     folder = Path(experiment.output)
     claim_folder(folder, force=force, sources=sources_of(experiment))
     launch = launch_id()
-    beside = about(experiment.device) | ({} if launch is None else {_LAUNCH: launch})
+    beside: dict[str, Any] = {**about(experiment.device)}
+    beside |= {} if launch is None else {_LAUNCH: launch}
+    beside |= {_SOURCES: dict(sources)} if sources else {}
     write_json(folder / CONFIG, {**to_dict(experiment), **beside})
     return folder
+
+
+def load_sources(folder: Path) -> dict[str, dict[str, str]]:
+    """Read what a run noted of what it is made from; nothing, if it noted nothing that can be read.
+
+    Args:
+        folder: Of the run.
+    """
+    try:
+        found = read_json(folder / CONFIG)[_SOURCES]
+        return {str(name): dict(source) for name, source in found.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def is_begun(folder: Path, launch: str | None = None) -> bool:
