@@ -232,7 +232,7 @@ def test_a_listed_file_that_is_no_plain_one_inside_is_not_opened(tmp_path, kind)
         path.mkdir()
     else:
         path.symlink_to("/dev/zero")
-    says = {"pipe": "no plain file", "link": "leads out", "device": "leads out"}.get(kind, "is ")
+    says = {"pipe": "no plain file", "link": "leads out", "device": "leads out"}.get(kind, "")
     for read in (verify, seal):
         with pytest.raises(DamagedError, match=rf"policy\.safetensors is.*{says}"):
             read(newest)
