@@ -2,7 +2,8 @@
 
 An array travels as a map with the byte-string keys ``__ndarray__`` (true), ``data``, ``dtype``
 (NumPy's short form) and ``shape``. Nothing else is ever built from a message than numbers, text,
-lists, maps and arrays of plain numbers, and no array is larger than the bytes that came for it.
+lists, maps and arrays of plain numbers, at most ``MAX_VALUES`` of them together, and no array is
+larger than the bytes that came for it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import msgpack
 import numpy as np
 
 from roadvla.errors import UserError
+from roadvla.serving.counting import MAX_VALUES, count_values
 
 PROTOCOL = 1
 MAX_BYTES = 8_000_000
@@ -46,12 +48,13 @@ def unpack(data: bytes) -> dict[str, Any]:
         MessageError: If it is not a map in msgpack, or holds what no message may hold.
     """
     try:
+        count_values(data)
         message = msgpack.unpackb(
             data,
             object_hook=_unpack_array,
             max_bin_len=MAX_BYTES,
             max_str_len=10_000,
-            max_array_len=100_000,
+            max_array_len=MAX_VALUES,
             max_map_len=1000,
             max_ext_len=0,
         )
@@ -145,7 +148,11 @@ def _first(message: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     for name in names:
         if name in message:
             return message[name]
-    raise MessageError(f"{names[0]!r} is missing: the message has {sorted(map(str, message))[:10]}")
+    raise MessageError(f"{names[0]!r} is missing: the message has {_names(message)}")
+
+
+def _names(message: Mapping[str, Any]) -> list[str]:
+    return sorted(str(name)[:20] for name in message)[:10]
 
 
 def _number(value: Any, name: str, least: float, most: float) -> float:
