@@ -11,7 +11,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from roadvla.evaluation.files import read_evaluation
 from roadvla.policy import BACKBONE_FOLDER, load_backbone
 from roadvla.serving.client import RemotePolicy
 from roadvla.serving.messages import MAX_BYTES, pack, unpack
+from roadvla.serving.notices import Warnings
 from roadvla.serving.server import PolicyServer
 from roadvla.serving.settings import Serving
 from roadvla.types import Observation
@@ -260,6 +261,116 @@ def test_more_clients_than_may_come_are_refused() -> None:
             connect(address, proxy=None)
         with client(port) as ours:
             assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+
+
+@contextmanager
+def silent(port: int, count: int) -> Iterator[list[socket.socket]]:
+    """Open sockets that never say a word."""
+    with ExitStack() as lines:
+        yield [
+            lines.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            for _ in range(count)
+        ]
+
+
+def test_sockets_that_stay_silent_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roadvla.serving.sockets.SILENT", 20)
+    with serving(load_backbone("cpu"), max_clients=2) as port, client(port) as first:
+        with silent(port, 150) as lines:
+            assert _health(port) == (200, b"OK\n")
+            with client(port) as ours:
+                assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+            closed = [line for line in lines if _closed(line)]
+            # The oldest went; who was in conversation before they came is still there.
+            assert closed == lines[: len(closed)]
+            assert 150 - 20 <= len(closed) <= 150 - 20 + 4
+        assert ask(first, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+
+
+def _closed(line: socket.socket) -> bool:
+    line.settimeout(0.05)
+    try:
+        return line.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def test_who_does_not_say_what_it_wants_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roadvla.serving.server._OPEN_SECONDS", 0.3)
+    with serving(load_backbone("cpu")) as port, silent(port, 1) as (line,):
+        line.sendall(b"GET / HTTP/1.1\r\n")
+        assert not _closed(line)
+        time.sleep(1.0)
+        assert _closed(line)
+
+
+def test_a_hundred_clients_at_once_all_come_in() -> None:
+    with serving(load_backbone("cpu"), max_clients=128) as port, ThreadPoolExecutor(100) as pool:
+        together = threading.Barrier(100)
+
+        def one(_: int) -> None:
+            together.wait(30)
+            with client(port, open_timeout=30):
+                together.wait(30)
+
+        list(pool.map(one, range(100)))
+
+
+@contextmanager
+def command(files: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command in a process that may open so many files."""
+    line = [sys.executable, "-m", "roadvla", "serve", str(BACKBONE_FOLDER), "--port", "0", *options]
+    limited = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *line]
+    with subprocess.Popen(
+        limited, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def test_a_process_that_may_open_few_files_lasts() -> None:
+    with command(500, "--max-clients", "20") as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        port = int(server.stdout.readline().split("ws://")[1].split()[0].rpartition(":")[2])
+        with silent(port, 600):
+            assert _health(port) == (200, b"OK\n")
+            with client(port) as ours:
+                assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+        server.terminate()
+        assert server.wait(20) == 0
+        assert server.stderr.read() == ""
+
+
+def test_too_few_files_are_told_at_once() -> None:
+    with command(120) as server:
+        assert server.wait(60) == 2
+        assert server.stderr is not None
+        said = server.stderr.read()
+    assert "and this process may open 120: raise `ulimit -n`, or pass a smaller --max-" in said
+    assert said.count("\n") == 1
+
+
+def test_warnings_do_not_fill_a_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    warnings = Warnings()
+    for number in range(1000):
+        warnings.warn(f"request {number}\nfailed")
+    assert capsys.readouterr().err == "roadvla: warning: request 0 failed\n"
+    warnings._next = 0.0
+    try:
+        raise OSError(24, "Too many open files")
+    except OSError as error:
+        context = {"message": "socket.accept() out of system resource", "exception": error}
+        with closing(asyncio.new_event_loop()) as loop:
+            warnings.of_loop(loop, context)
+        warnings.logger().error("connection handler failed", exc_info=True)
+    said = capsys.readouterr().err
+    assert "out of system resource: OSError(24, 'Too many open files') (and 999 more" in said
+    assert said.count("\n") == 1
 
 
 def test_a_token_opens_and_only_the_right_one() -> None:

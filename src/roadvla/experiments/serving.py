@@ -34,14 +34,16 @@ def serve(source: Path, settings: Serving, *, token_file: Path | None = None) ->
         token_file: Holds the secret that clients must present.
 
     Raises:
-        UserError: If the policy does not load, the address is taken, or others than this machine
-            could connect without a token.
+        UserError: If the policy does not load, the address is taken, others than this machine could
+            connect without a token, or the process may not open enough files.
     """
     try:
         from roadvla.serving.server import PolicyServer, run_server
+        from roadvla.serving.sockets import allow_files
     except ImportError as error:
         raise UserError(_EXTRA.format(error=error.name)) from error
     token = _token(token_file)
+    allow_files(settings.max_clients)  # said before a large policy is loaded
     usable_device(settings.device)
     folder = policy_folder(source)
     kind = policy_kind(folder)
