@@ -17,14 +17,15 @@ import msgpack
 import numpy as np
 
 from roadvla.errors import UserError
+from roadvla.policy.temperature import check_temperature
 from roadvla.serving.counting import MAX_VALUES, count_values
+from roadvla.serving.settings import MAX_TEMPERATURE
 
 PROTOCOL = 1
 MAX_BYTES = 8_000_000
 """Largest message: 8 frames of 480 × 640, or 1,000 of the tabletop's."""
 MAX_SIDE = 2048
 MAX_PROMPT = 1000
-MAX_TEMPERATURE = 100.0
 IMAGE_KEYS = ("observation/image", "image")
 PROMPT_KEYS = ("prompt", "instruction")
 
@@ -118,7 +119,11 @@ def read_request(
         raise MessageError(f"{_describe(asked)} stands for the prompt: expected {count} texts")
     if max(map(len, prompts)) > MAX_PROMPT:
         raise MessageError(f"a prompt is longer than {MAX_PROMPT} characters")
-    heat = _number(message.get("temperature", temperature), "temperature", 0.0, MAX_TEMPERATURE)
+    heat = _number(message.get("temperature", temperature), "temperature")
+    try:
+        check_temperature(heat, most=MAX_TEMPERATURE)
+    except UserError as error:
+        raise MessageError(str(error)) from error
     return Request(
         image=image,
         prompts=prompts,
@@ -155,11 +160,9 @@ def _names(message: Mapping[str, Any]) -> list[str]:
     return sorted(str(name)[:20] for name in message)[:10]
 
 
-def _number(value: Any, name: str, least: float, most: float) -> float:
+def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MessageError(f"{name} is {_describe(value)}: expected a number")
-    if not (math.isfinite(value) and least <= value <= most):
-        raise MessageError(f"{name} is {value}: expected {least:g} to {most:g}")
     return float(value)
 
 
