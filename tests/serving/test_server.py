@@ -19,6 +19,8 @@ import pytest
 import torch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.sync.server import ServerConnection
+from websockets.sync.server import serve as sync_serve
 
 from roadvla import cli
 from roadvla.errors import UserError
@@ -471,20 +473,116 @@ def test_a_server_that_goes_away_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_stranger_is_no_policy_server() -> None:
-    from websockets.sync.server import serve
-
-    def greet(answer: object) -> Callable[[object], None]:
+    def greet(answer: str | bytes) -> Callable[[ServerConnection], None]:
         return lambda connection: connection.send(answer)
 
     for answer, words in (
         ("hello", "is no policy server"),
         (pack({"protocol": 1}), "is no policy server"),
+        (pack({**SOUND, "protocol": 2}), "speaks version 2 of the protocol, this is 1"),
+        (pack({**SOUND, "protocol": [1]}), r"speaks version \[1\]"),
+        (pack({**SOUND, "checkpoint": [1, 2]}), r"its checkpoint is \[1, 2\]: expected a text"),
+        (pack({**SOUND, "checkpoint": None}), "its checkpoint is None"),
+        (pack({**SOUND, "checkpoint": "x" * 5000}), "its checkpoint is 'xxx"),
+        (pack({**SOUND, "policy": 3}), "its policy is 3"),
+        (pack({**SOUND, "iteration": "abc"}), "its iteration is 'abc': expected a whole number"),
+        (pack({**SOUND, "env_steps": -1}), "its env_steps is -1"),
+        (pack({**SOUND, "iteration": True}), "its iteration is True"),
+        (pack({**SOUND, "max_batch": 0}), "its max_batch is 0"),
+        (pack({**SOUND, "max_batch": "5"}), "its max_batch is '5'"),
+        (pack({**SOUND, "norm_stats": 3}), "its norm_stats: action statistics are unreadable"),
+        (pack({**SOUND, "norm_stats": {"action": np.zeros(7)}}), "its norm_stats: action stat"),
+        (pack({**SOUND, "norm_stats": stats(3)}), "its norm_stats are of 3 numbers, not 7"),
+        (pack({**SOUND, "norm_stats": stats(7, 1e308)}), "actions that are no numbers"),
     ):
-        with serve(greet(answer), "127.0.0.1", 0) as stranger:
-            thread = threading.Thread(target=stranger.serve_forever)
-            thread.start()
-            port = stranger.socket.getsockname()[1]
-            with pytest.raises(UserError, match=words):
-                RemotePolicy(f"remote://127.0.0.1:{port}")
+        with (
+            standing_in(greet(answer)) as address,
+            pytest.raises(UserError, match=words) as caught,
+        ):
+            RemotePolicy(address)
+        assert len(str(caught.value)) < 300
+
+
+def stats(count: int, end: float = 1.0) -> dict:
+    return {"action": {"q01": [-end] * count, "q99": [end] * count, "mask": [True] * count}}
+
+
+SOUND = {
+    "protocol": 1,
+    "policy": "tiny",
+    "checkpoint": "there",
+    "iteration": None,
+    "env_steps": 5,
+    "max_batch": 4,
+    "norm_stats": stats(7),
+}
+ANSWER = {
+    "action_tokens": np.full((1, 7), 255),
+    "log_probs": np.zeros((1, 7), np.float32),
+    "value": np.zeros(1, np.float32),
+}
+
+
+@contextmanager
+def standing_in(behave: Callable[[ServerConnection], object]) -> Iterator[str]:
+    """Run a server that does something else, and give its address."""
+    with sync_serve(behave, "127.0.0.1", 0) as stranger:
+        thread = threading.Thread(target=stranger.serve_forever)
+        thread.start()
+        try:
+            yield f"remote://127.0.0.1:{stranger.socket.getsockname()[1]}"
+        finally:
             stranger.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (ANSWER, ""),
+        ({}, "its action_tokens is None: expected int64 [1, 7]"),
+        ({**ANSWER, "action_tokens": "abc"}, "its action_tokens is 'abc'"),
+        ({**ANSWER, "action_tokens": np.zeros((1, 3), np.int64)}, "is int64 [1, 3]: expected"),
+        ({**ANSWER, "action_tokens": np.zeros((2, 7), np.int64)}, "is int64 [2, 7]: expected"),
+        ({**ANSWER, "action_tokens": np.zeros((1, 7))}, "is float64 [1, 7]: expected"),
+        ({**ANSWER, "action_tokens": np.full((1, 7), 100_000)}, "are not all in 0 to 255"),
+        ({**ANSWER, "action_tokens": np.full((1, 7), 256)}, "are not all in 0 to 255"),
+        ({**ANSWER, "action_tokens": np.full((1, 7), -1)}, "are not all in 0 to 255"),
+        ({**ANSWER, "log_probs": np.full((1, 7), np.nan, np.float32)}, "its log_probs are not all"),
+        ({**ANSWER, "log_probs": np.zeros(7, np.float32)}, "its log_probs is float32 [7]"),
+        ({**ANSWER, "value": np.zeros((1, 1), np.float32)}, "its value is float32 [1, 1]"),
+        ({**ANSWER, "value": np.full(1, np.inf, np.float32)}, "its value are not all finite"),
+        (b"\xc1", "the message is not readable"),
+        (b"\x90", "the message is a list"),
+        ("no\n" * 5000, "says: no no"),
+    ],
+)
+def test_an_answer_that_is_none_is_told(answer: dict | bytes | str, words: str) -> None:
+    def behave(connection: ServerConnection) -> None:
+        connection.send(pack(SOUND))
+        for _ in connection:
+            connection.send(pack(answer) if isinstance(answer, dict) else answer)
+
+    with standing_in(behave) as address, closing(RemotePolicy(address)) as policy:
+        assert policy.about["env_steps"] == 5
+        seen = Observation(torch.from_numpy(frames(0)), policy.tokenize([PROMPT]))
+        if not words:
+            assert policy.act(seen, temperature=0.0).action_tokens.tolist() == [[255] * 7]
+            return
+        with pytest.raises(UserError) as caught:
+            policy.act(seen, temperature=0.0)
+    said = str(caught.value)
+    assert words in said
+    assert said.startswith(f"the policy server at {address} ")
+    assert len(said) < 400
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:99999", "127.0.0.1:-1", "[::1", "", ":80", "a b:1", "x" * 300 + ":1", "\0:1"],
+)
+def test_an_address_that_is_none_is_told(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "eval", "--policy", f"remote://{address}", "--env", "VR-UnseenTable")
+    assert "no policy server answers at remote://" in said
+    assert said.count("\n") == 1
