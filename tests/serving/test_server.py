@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -461,6 +462,31 @@ def test_bad_input_ends_in_a_line(
     assert "unknown policy 'tinny'" in refused(capsys, "eval", "--policy", "tinny", *where)
     both = refused(capsys, "eval", tmp_path, "--policy", f"remote://127.0.0.1:{port}", *where)
     assert "would not be used" in both
+
+
+def test_a_token_that_is_none_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        said = refused(capsys, "serve", BACKBONE_FOLDER, "--token-file", name)
+        assert "cannot be read (it is not a plain file)" in said
+    for content in (b"two words", b"two\nlines", b"", "é".encode(), b"a\0b", b"a\x7fb"):
+        (tmp_path / "token").write_bytes(content)
+        said = refused(capsys, "serve", BACKBONE_FOLDER, "--token-file", tmp_path / "token")
+        assert "holds no token: expected one line of ASCII without spaces" in said
+    (tmp_path / "token").write_bytes(b"x" * 5000)
+    said = refused(capsys, "serve", BACKBONE_FOLDER, "--token-file", tmp_path / "token")
+    assert "more than the 4,096 it may have" in said
+    for value in ("two words", "é", "a\nX-Other: b", " ", "x" * 5000):
+        monkeypatch.setenv("ROADVLA_TOKEN", value)
+        for line in (
+            ("serve", BACKBONE_FOLDER),
+            ("eval", "--policy", "remote://127.0.0.1:1", "--env", "VR-UnseenTable"),
+        ):
+            said = refused(capsys, *line)
+            assert "the variable ROADVLA_TOKEN holds no token: expected one line" in said
+            assert said.count("\n") == 1
 
 
 def test_a_server_that_goes_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
