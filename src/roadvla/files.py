@@ -94,6 +94,20 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     with written_beside(path, lambda file: file.write(data)) as temporary:
         temporary.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on disk which names a folder holds: until then a crash can undo a renaming.
+
+    Raises:
+        OSError: If the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

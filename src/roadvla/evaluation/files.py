@@ -20,7 +20,7 @@ import torch
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, Film
 from roadvla.evaluation.failures import EVENTS, check_modes
-from roadvla.files import read_json, written_beside
+from roadvla.files import read_json, sync_folder, written_beside
 
 _MAX_FILM = 2 << 30
 # NumPy parses an array's header as Python, and zipfile what it finds: either fails in many ways.
@@ -99,6 +99,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> Path:
             if frames is not None:
                 frames.replace(film_path(path))
             numbers.replace(path)
+            sync_folder(folder)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"

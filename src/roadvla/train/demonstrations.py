@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import MAX_TENSORS, check_plain, parse_json, read_json
+from roadvla.files import MAX_TENSORS, check_plain, parse_json, read_json, sync_folder
 from roadvla.policy.base import Policy
 from roadvla.train.run_folder import DEMONSTRATIONS
 from roadvla.types import Batch, Observation
@@ -137,6 +137,7 @@ def save_demonstrations(demonstrations: Demonstrations, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
