@@ -140,8 +140,12 @@ def _ask(
 def _disturb(port: int, seed: int, stop: threading.Event, seen: Counter[str]) -> None:
     """Do one bad thing after the other."""
     rng = random.Random(1000 + seed)
+    lists = b"\xdd" + (99_999).to_bytes(4, "big") + b"\x90" * 99_999
+    wide = b"\x81\xa1a\xdc\x00\x4f" + lists * 79  # 7.9 MB that would become half a gigabyte
     while not stop.is_set():
-        kind = rng.choice(["noise", "too large", "cut off", "leaves", "never speaks", "deep"])
+        kind = rng.choice(
+            ["noise", "too large", "cut off", "leaves", "never speaks", "deep", "wide"]
+        )
         seen[f"disturbed: {kind}"] += 1
         if kind == "never speaks":
             with socket.create_connection(("127.0.0.1", port)) as line:
@@ -157,6 +161,7 @@ def _disturb(port: int, seed: int, stop: threading.Event, seen: Counter[str]) ->
                     "too large": b"\0" * (MAX_BYTES + 1),
                     "cut off": good[: rng.randrange(1, len(good))],
                     "deep": b"\x91" * 100_000,
+                    "wide": wide,
                     "leaves": good,
                 }[kind]
                 ours.send(sent)

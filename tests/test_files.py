@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import os
+import stat
 import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from roadvla import files
+from roadvla.evaluation.evaluate import evaluate
+from roadvla.evaluation.files import write_evaluation
 from roadvla.files import write_whole, written_beside
+from roadvla.policy import load_backbone
+from roadvla.train.demonstrations import Demonstrations, save_demonstrations
+from roadvla.train.diagnosis import write_diagnosis
+from roadvla.train.notes import NOTES, add_note
+from roadvla.train.run_folder import clear_folder, write_json
 
 _KILLED = """
 import os, signal, sys
@@ -111,3 +121,53 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+@pytest.mark.parametrize("write", ["write_whole", "write_json", "save", "evaluation"])
+def test_the_name_is_put_on_disk_after_the_renaming(write, tmp_path, monkeypatch) -> None:
+    path, real = tmp_path / "VR-UnseenTable_test.json", os.fsync
+    seen: list[tuple[bool, bool]] = []
+
+    def watched(descriptor: int) -> None:
+        seen.append((stat.S_ISDIR(os.fstat(descriptor).st_mode), path.exists()))
+        real(descriptor)
+
+    if write == "evaluation":
+        found = evaluate(load_backbone("cpu"), env="VR-UnseenTable", split="test", episodes=1)
+    monkeypatch.setattr(os, "fsync", watched)
+    if write == "write_whole":
+        write_whole(path, b"x")
+    elif write == "write_json":
+        write_json(path, {})
+    elif write == "evaluation":
+        write_evaluation(found, tmp_path)
+    else:
+        zero = torch.zeros(1, dtype=torch.int64)
+        frame, action = torch.zeros(1, 4, 4, 3, dtype=torch.uint8), torch.zeros(1, 7)
+        save_demonstrations(Demonstrations(frame, action, zero, zero.clone(), ("a",), {}), path)
+    assert seen == [(False, False), (True, True)]
+
+
+def test_a_note_after_one_that_was_cut_off(tmp_path) -> None:
+    add_note(tmp_path, 1, "first é")
+    whole = (tmp_path / NOTES).read_bytes()
+    add_note(tmp_path, 2, "second")
+    for size in range(len(whole), len((tmp_path / NOTES).read_bytes())):
+        os.truncate(tmp_path / NOTES, size)
+        add_note(tmp_path, 3, "third")
+        rows = [json.loads(line) for line in (tmp_path / NOTES).read_text().splitlines()]
+        assert [row["note"] for row in rows] == ["first é", "third"]
+        (tmp_path / NOTES).write_bytes(whole)
+        add_note(tmp_path, 2, "second")
+
+
+def test_a_diagnosis_is_whole_and_goes_with_its_run(tmp_path) -> None:
+    about = {"iteration": 3, "reason": "x", "metrics": {}, "parameters": {}, "batch": None}
+    path = write_diagnosis(tmp_path, **about, about={})
+    assert json.loads(path.read_text())["reason"] == "x"
+    os.link(path, tmp_path / "other")  # replaced, not written into
+    write_diagnosis(tmp_path, **{**about, "reason": "y"}, about={})
+    assert json.loads((tmp_path / "other").read_text())["reason"] == "x"
+    (tmp_path / "mine").write_text("stays")
+    clear_folder(tmp_path)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["mine", "other"]

@@ -111,7 +111,8 @@ def serve(
         max_wait_ms: Milliseconds that a request may wait for others to share a pass.
         max_waiting: Requests that may wait; more are told that the server is busy.
         max_clients: Connections at a time; more are refused.
-        temperature: Of the sampling, unless a request says otherwise; 0 is greedy.
+        temperature: Of the sampling, unless a request says otherwise; 0 is greedy, or
+            0.001 to 100.
         seed: Of the sampling, where a request does not bring its own numbers.
     """
     from roadvla.experiments.serving import serve as run

@@ -39,12 +39,26 @@ def read_bytes(path: Path, *, limit: int) -> bytes:
         OSError: If it cannot be read.
         ValueError: If it is no plain file, or larger.
     """
+    check_plain(path, limit=limit)
+    return path.read_bytes()
+
+
+def check_plain(path: Path, *, limit: int) -> None:
+    """Refuse what is no plain file, a pipe that nobody writes into for one, or too large.
+
+    Args:
+        path: The file.
+        limit: In bytes.
+
+    Raises:
+        OSError: If it cannot be looked at.
+        ValueError: If it is no plain file, or larger.
+    """
     about = path.stat()
     if not stat.S_ISREG(about.st_mode):
         raise ValueError("it is not a plain file")
     if about.st_size > limit:
         raise ValueError(f"it has {about.st_size:,} bytes, more than the {limit:,} it may have")
-    return path.read_bytes()
 
 
 def read_json(path: Path) -> Any:
@@ -80,6 +94,20 @@ def write_whole(path: Path, data: bytes) -> None:
     """
     with written_beside(path, lambda file: file.write(data)) as temporary:
         temporary.replace(path)
+        sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Put on disk which names a folder holds: until then a crash can undo a renaming.
+
+    Raises:
+        OSError: If the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager

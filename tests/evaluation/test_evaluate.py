@@ -114,6 +114,7 @@ def test_progress_counts_finished_episodes_without_the_filling():
         ({"episodes": 0}, "episodes is 0"),
         ({"num_envs": 0}, "num_envs is 0"),
         ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 1e-300}, "temperature is 1e-300: expected 0 (greedy) or 0.001 or more"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"seed": -1}, "seed is -1"),
         ({"record": 11}, "record is 11"),

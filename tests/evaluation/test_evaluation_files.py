@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +175,73 @@ def test_unreadable_files_are_named(tmp_path):
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="not valid JSON"):
         read_evaluation(path)
+
+
+FILM = {
+    "frames": np.zeros((2, 3, 4, 4, 3), np.uint8),
+    "success": np.array([True, False]),
+    "instructions": np.array(["a", "b"]),
+    "episode_ids": np.array([0, 1]),
+}
+
+
+def header(shape: str, descr: str = "|u1") -> bytes:
+    text = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text
+
+
+@pytest.mark.usefixtures("unchecked")
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("frames", np.uint8(3)),
+        ("frames", np.zeros((2, 3, 0, 0, 3), np.uint8)),
+        ("frames", np.zeros((2, 0, 4, 4, 3), np.uint8)),
+        ("frames", np.zeros((2, 3, 4, 4, 4), np.uint8)),
+        ("frames", np.zeros((2, 3, 4, 4, 3), np.uint16)),
+        ("frames", np.zeros((2, 3, 4, 12), np.uint8)),
+        ("frames", b"no array"),
+        ("frames", header("(100000000000000000000000,)")),
+        ("frames", header("(2, 3, 4, 4, 1099511627776)")),
+        ("frames", header("(" * 3000 + ")" * 3000)),
+        ("frames", header("(2, 3, 4, 4, 3")),
+        ("frames", header("(2,)", "|O")),
+        ("success", np.bool_(1)),
+        ("success", np.ones((2, 2), bool)),
+        ("success", np.ones(3, bool)),
+        ("success", np.ones(2)),
+        ("instructions", np.array("a")),
+        ("instructions", np.array([1, 2])),
+        ("episode_ids", np.array([np.inf, 1.0])),
+        ("episode_ids", np.array([[0], [1]])),
+        ("episode_ids", np.array(["x", "y"])),
+        ("episode_ids", None),
+    ],
+)
+def test_films_of_other_arrays_are_named(tmp_path, name, value):
+    path = tmp_path / "film.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, array in {**FILM, name: value}.items():
+            if isinstance(array, bytes):
+                archive.writestr(f"{key}.npy", array)
+            elif array is not None:
+                with archive.open(f"{key}.npy", "w") as file:
+                    np.save(file, array)
+    with pytest.raises(UserError, match="is not a film") as caught:
+        read_film(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_film_from_a_machine_of_another_byte_order_is_read(tmp_path):
+    ids = FILM["episode_ids"].astype(">i8")
+    np.savez(tmp_path / "film.npz", **{**FILM, "episode_ids": ids})
+    assert read_film(tmp_path / "film.npz").episode_ids == (0, 1)
+
+
+def test_a_pipe_is_no_film(tmp_path):
+    os.mkfifo(tmp_path / "film.npz")
+    with pytest.raises(UserError, match="not a plain file"):
+        read_film(tmp_path / "film.npz")
 
 
 def test_damaged_films_are_named(evaluation, tmp_path):

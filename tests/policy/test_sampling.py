@@ -6,8 +6,10 @@ import pytest
 import scipy.stats
 import torch
 
+from roadvla.errors import UserError
 from roadvla.policy import TinyVLA
 from roadvla.policy.sampling import sample_tokens
+from roadvla.policy.temperature import MIN_TEMPERATURE, check_temperature
 from roadvla.types import Observation
 
 
@@ -21,6 +23,24 @@ def test_log_probs_are_those_of_the_sampled_distribution(
     expected = expected.gather(-1, output.action_tokens.unsqueeze(-1)).squeeze(-1)
     assert output.log_probs.dtype == torch.float32
     torch.testing.assert_close(output.log_probs, expected.detach(), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("uniform", [0.0, 0.5, 1.0 - 2**-24])
+def test_the_least_temperature_is_still_sampled_at(uniform: float) -> None:
+    logits = torch.tensor([[1e4, -1e4, 9.999e3, 0.0]])
+    tokens, log_probs = sample_tokens(logits / MIN_TEMPERATURE, torch.tensor([uniform]))
+    assert (tokens.item(), log_probs.item()) == (0, 0.0)
+    check_temperature(MIN_TEMPERATURE)
+
+
+@pytest.mark.parametrize("value", [-1.0, 1e-300, 9.9e-4, float("nan"), float("inf")])
+def test_other_temperatures_are_refused(value: float) -> None:
+    with pytest.raises(UserError, match="expected 0"):
+        check_temperature(value)
+    with pytest.raises(UserError, match=r"expected 0\.001 or more"):
+        check_temperature(value, greedy=False)
+    with pytest.raises(UserError, match=r"expected 0\.001 or more"):
+        check_temperature(0.0, greedy=False)
 
 
 def test_greedy(policy: TinyVLA, observation: Observation) -> None:

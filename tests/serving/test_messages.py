@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import time
+import tracemalloc
 
 import msgpack
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roadvla.serving.counting import MAX_VALUES, count_values
 from roadvla.serving.messages import MessageError, pack, read_request, unpack
 
 FRAME = np.arange(48 * 48 * 3, dtype=np.uint8).reshape(48, 48, 3)
@@ -70,6 +73,9 @@ GOOD = {"image": FRAME, "prompt": "put"}
         ({"prompt": "x" * 1001}, "longer than 1000"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": 101}, "temperature is 101.0: expected 0 (greedy) or 0.001 to 100"),
+        ({"temperature": 1e-40}, "temperature is 1e-40: expected 0 (greedy) or 0.001 to 100"),
+        ({"temperature": 2**63}, "temperature is 9.2"),
         ({"temperature": True}, "expected a number"),
         ({"seed": -1}, "seed is"),
         ({"seed": 1.5}, "seed is"),
@@ -89,6 +95,9 @@ def test_what_cannot_be_is_refused(changes: dict, words: str) -> None:
 def test_a_missing_key_is_named() -> None:
     with pytest.raises(MessageError, match=r"'observation/image' is missing: the message has"):
         read_request({"prompt": "put", 3: 4}, **LIMITS)
+    with pytest.raises(MessageError) as caught:
+        read_request({f"{i}" * 1000: 4 for i in range(20)}, **LIMITS)
+    assert len(str(caught.value)) < 400
 
 
 def array(**changes: object) -> bytes:
@@ -131,6 +140,60 @@ def array(**changes: object) -> bytes:
 def test_what_is_no_message_is_refused(data: bytes) -> None:
     with pytest.raises(MessageError):
         unpack(data)
+
+
+def listed(count: int, of: bytes) -> bytes:
+    return b"\xdd" + count.to_bytes(4, "big") + of * count
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\x81\xa1a" + listed(79, of=listed(99_999, of=b"\x90")),
+        b"\x81\xa1a" + listed(900, of=listed(9_000, of=b"\x80")),  # each list within its bound
+        b"\x81\xa1a" + listed(7_900_000, of=b"\xc0"),
+        b"\x81\xa1a" + b"\xdc\x00\x02" * 10_000,
+        b"\x81\xa1a" + b"\xdf\xff\xff\xff\xff" + b"\xa1b\xc0" * 10_000,
+        b"\x8f" * 1_000_000,
+    ],
+)
+def test_a_small_message_that_would_become_large_costs_nothing(data: bytes) -> None:
+    tracemalloc.start()
+    begun = time.process_time()
+    with pytest.raises(MessageError, match="more than 10,000 values"):
+        unpack(data)
+    took, peak = time.process_time() - begun, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 100_000
+    assert took < 0.5  # a few milliseconds; traced, and on a busy machine
+
+
+def test_a_large_request_is_far_from_the_bound() -> None:
+    message = {"image": np.zeros((1000, 48, 48, 3), np.uint8), "prompt": ["put"] * 1000}
+    assert count_values(pack(message)) < MAX_VALUES / 5
+    assert unpack(pack({"a": [None] * (MAX_VALUES - 3)}))
+    with pytest.raises(MessageError, match="values"):
+        unpack(pack({"a": [None] * (MAX_VALUES - 2)}))
+
+
+ANY = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**63), 2**64 - 1) | st.floats() | st.text()
+    | st.binary(max_size=300),
+    lambda inner: st.lists(inner, max_size=40) | st.dictionaries(st.text(), inner, max_size=20),
+    max_leaves=60,
+)  # fmt: skip
+
+
+def counted(value: object) -> int:
+    if isinstance(value, dict):
+        return 1 + sum(1 + counted(inner) for inner in value.values())
+    return 1 + (sum(map(counted, value)) if isinstance(value, list) else 0)
+
+
+@given(ANY)
+def test_every_value_is_counted_once(value: object) -> None:
+    assert count_values(msgpack.packb(value)) == counted(value)
+    assert count_values(msgpack.packb([value] * 20)) == 1 + 20 * counted(value)
 
 
 @given(st.binary(max_size=200))

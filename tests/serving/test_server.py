@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import pytest
 import torch
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import ClientConnection, connect
+from websockets.sync.server import ServerConnection
+from websockets.sync.server import serve as sync_serve
 
 from roadvla import cli
 from roadvla.errors import UserError
@@ -27,6 +30,7 @@ from roadvla.evaluation.files import read_evaluation
 from roadvla.policy import BACKBONE_FOLDER, load_backbone
 from roadvla.serving.client import RemotePolicy
 from roadvla.serving.messages import MAX_BYTES, pack, unpack
+from roadvla.serving.notices import Warnings
 from roadvla.serving.server import PolicyServer
 from roadvla.serving.settings import Serving
 from roadvla.types import Observation
@@ -262,6 +266,116 @@ def test_more_clients_than_may_come_are_refused() -> None:
             assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
 
 
+@contextmanager
+def silent(port: int, count: int) -> Iterator[list[socket.socket]]:
+    """Open sockets that never say a word."""
+    with ExitStack() as lines:
+        yield [
+            lines.enter_context(socket.create_connection(("127.0.0.1", port), timeout=10))
+            for _ in range(count)
+        ]
+
+
+def test_sockets_that_stay_silent_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roadvla.serving.sockets.SILENT", 20)
+    with serving(load_backbone("cpu"), max_clients=2) as port, client(port) as first:
+        with silent(port, 150) as lines:
+            assert _health(port) == (200, b"OK\n")
+            with client(port) as ours:
+                assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+            closed = [line for line in lines if _closed(line)]
+            # The oldest went; who was in conversation before they came is still there.
+            assert closed == lines[: len(closed)]
+            assert 150 - 20 <= len(closed) <= 150 - 20 + 4
+        assert ask(first, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+
+
+def _closed(line: socket.socket) -> bool:
+    line.settimeout(0.05)
+    try:
+        return line.recv(1) == b""
+    except TimeoutError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
+def test_who_does_not_say_what_it_wants_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roadvla.serving.server._OPEN_SECONDS", 0.3)
+    with serving(load_backbone("cpu")) as port, silent(port, 1) as (line,):
+        line.sendall(b"GET / HTTP/1.1\r\n")
+        assert not _closed(line)
+        time.sleep(1.0)
+        assert _closed(line)
+
+
+def test_a_hundred_clients_at_once_all_come_in() -> None:
+    with serving(load_backbone("cpu"), max_clients=128) as port, ThreadPoolExecutor(100) as pool:
+        together = threading.Barrier(100)
+
+        def one(_: int) -> None:
+            together.wait(30)
+            with client(port, open_timeout=30):
+                together.wait(30)
+
+        list(pool.map(one, range(100)))
+
+
+@contextmanager
+def command(files: int, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command in a process that may open so many files."""
+    line = [sys.executable, "-m", "roadvla", "serve", str(BACKBONE_FOLDER), "--port", "0", *options]
+    limited = ["bash", "-c", f'ulimit -n {files}; exec "$@"', "bash", *line]
+    with subprocess.Popen(
+        limited, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as server:
+        try:
+            yield server
+        finally:
+            server.kill()
+
+
+def test_a_process_that_may_open_few_files_lasts() -> None:
+    with command(500, "--max-clients", "20") as server:
+        assert server.stdout is not None
+        assert server.stderr is not None
+        port = int(server.stdout.readline().split("ws://")[1].split()[0].rpartition(":")[2])
+        with silent(port, 600):
+            assert _health(port) == (200, b"OK\n")
+            with client(port) as ours:
+                assert ask(ours, image=frames(2)[0], prompt=PROMPT)["actions"].shape == (1, 7)
+        server.terminate()
+        assert server.wait(20) == 0
+        assert server.stderr.read() == ""
+
+
+def test_too_few_files_are_told_at_once() -> None:
+    with command(120) as server:
+        assert server.wait(60) == 2
+        assert server.stderr is not None
+        said = server.stderr.read()
+    assert "and this process may open 120: raise `ulimit -n`, or pass a smaller --max-" in said
+    assert said.count("\n") == 1
+
+
+def test_warnings_do_not_fill_a_disk(capsys: pytest.CaptureFixture[str]) -> None:
+    warnings = Warnings()
+    for number in range(1000):
+        warnings.warn(f"request {number}\nfailed")
+    assert capsys.readouterr().err == "roadvla: warning: request 0 failed\n"
+    warnings._next = 0.0
+    try:
+        raise OSError(24, "Too many open files")
+    except OSError as error:
+        context = {"message": "socket.accept() out of system resource", "exception": error}
+        with closing(asyncio.new_event_loop()) as loop:
+            warnings.of_loop(loop, context)
+        warnings.logger().error("connection handler failed", exc_info=True)
+    said = capsys.readouterr().err
+    assert "out of system resource: OSError(24, 'Too many open files') (and 999 more" in said
+    assert said.count("\n") == 1
+
+
 def test_a_token_opens_and_only_the_right_one() -> None:
     with serving(load_backbone("cpu"), token="secret") as port:
         for headers in (None, {"Authorization": "Bearer other"}, {"Authorization": "Basic secret"}):
@@ -350,6 +464,31 @@ def test_bad_input_ends_in_a_line(
     assert "would not be used" in both
 
 
+def test_a_token_that_is_none_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for name in (tmp_path / "pipe", "/dev/zero", tmp_path):
+        said = refused(capsys, "serve", BACKBONE_FOLDER, "--token-file", name)
+        assert "cannot be read (it is not a plain file)" in said
+    for content in (b"two words", b"two\nlines", b"", "é".encode(), b"a\0b", b"a\x7fb"):
+        (tmp_path / "token").write_bytes(content)
+        said = refused(capsys, "serve", BACKBONE_FOLDER, "--token-file", tmp_path / "token")
+        assert "holds no token: expected one line of ASCII without spaces" in said
+    (tmp_path / "token").write_bytes(b"x" * 5000)
+    said = refused(capsys, "serve", BACKBONE_FOLDER, "--token-file", tmp_path / "token")
+    assert "more than the 4,096 it may have" in said
+    for value in ("two words", "é", "a\nX-Other: b", " ", "x" * 5000):
+        monkeypatch.setenv("ROADVLA_TOKEN", value)
+        for line in (
+            ("serve", BACKBONE_FOLDER),
+            ("eval", "--policy", "remote://127.0.0.1:1", "--env", "VR-UnseenTable"),
+        ):
+            said = refused(capsys, *line)
+            assert "the variable ROADVLA_TOKEN holds no token: expected one line" in said
+            assert said.count("\n") == 1
+
+
 def test_a_server_that_goes_away_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(load_backbone("cpu")) as port:
         policy = RemotePolicy(f"remote://127.0.0.1:{port}")
@@ -360,20 +499,116 @@ def test_a_server_that_goes_away_is_told(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_stranger_is_no_policy_server() -> None:
-    from websockets.sync.server import serve
-
-    def greet(answer: object) -> Callable[[object], None]:
+    def greet(answer: str | bytes) -> Callable[[ServerConnection], None]:
         return lambda connection: connection.send(answer)
 
     for answer, words in (
         ("hello", "is no policy server"),
         (pack({"protocol": 1}), "is no policy server"),
+        (pack({**SOUND, "protocol": 2}), "speaks version 2 of the protocol, this is 1"),
+        (pack({**SOUND, "protocol": [1]}), r"speaks version \[1\]"),
+        (pack({**SOUND, "checkpoint": [1, 2]}), r"its checkpoint is \[1, 2\]: expected a text"),
+        (pack({**SOUND, "checkpoint": None}), "its checkpoint is None"),
+        (pack({**SOUND, "checkpoint": "x" * 5000}), "its checkpoint is 'xxx"),
+        (pack({**SOUND, "policy": 3}), "its policy is 3"),
+        (pack({**SOUND, "iteration": "abc"}), "its iteration is 'abc': expected a whole number"),
+        (pack({**SOUND, "env_steps": -1}), "its env_steps is -1"),
+        (pack({**SOUND, "iteration": True}), "its iteration is True"),
+        (pack({**SOUND, "max_batch": 0}), "its max_batch is 0"),
+        (pack({**SOUND, "max_batch": "5"}), "its max_batch is '5'"),
+        (pack({**SOUND, "norm_stats": 3}), "its norm_stats: action statistics are unreadable"),
+        (pack({**SOUND, "norm_stats": {"action": np.zeros(7)}}), "its norm_stats: action stat"),
+        (pack({**SOUND, "norm_stats": stats(3)}), "its norm_stats are of 3 numbers, not 7"),
+        (pack({**SOUND, "norm_stats": stats(7, 1e308)}), "actions that are no numbers"),
     ):
-        with serve(greet(answer), "127.0.0.1", 0) as stranger:
-            thread = threading.Thread(target=stranger.serve_forever)
-            thread.start()
-            port = stranger.socket.getsockname()[1]
-            with pytest.raises(UserError, match=words):
-                RemotePolicy(f"remote://127.0.0.1:{port}")
+        with (
+            standing_in(greet(answer)) as address,
+            pytest.raises(UserError, match=words) as caught,
+        ):
+            RemotePolicy(address)
+        assert len(str(caught.value)) < 300
+
+
+def stats(count: int, end: float = 1.0) -> dict:
+    return {"action": {"q01": [-end] * count, "q99": [end] * count, "mask": [True] * count}}
+
+
+SOUND = {
+    "protocol": 1,
+    "policy": "tiny",
+    "checkpoint": "there",
+    "iteration": None,
+    "env_steps": 5,
+    "max_batch": 4,
+    "norm_stats": stats(7),
+}
+ANSWER = {
+    "action_tokens": np.full((1, 7), 255),
+    "log_probs": np.zeros((1, 7), np.float32),
+    "value": np.zeros(1, np.float32),
+}
+
+
+@contextmanager
+def standing_in(behave: Callable[[ServerConnection], object]) -> Iterator[str]:
+    """Run a server that does something else, and give its address."""
+    with sync_serve(behave, "127.0.0.1", 0) as stranger:
+        thread = threading.Thread(target=stranger.serve_forever)
+        thread.start()
+        try:
+            yield f"remote://127.0.0.1:{stranger.socket.getsockname()[1]}"
+        finally:
             stranger.shutdown()
             thread.join()
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        (ANSWER, ""),
+        ({}, "its action_tokens is None: expected int64 [1, 7]"),
+        ({**ANSWER, "action_tokens": "abc"}, "its action_tokens is 'abc'"),
+        ({**ANSWER, "action_tokens": np.zeros((1, 3), np.int64)}, "is int64 [1, 3]: expected"),
+        ({**ANSWER, "action_tokens": np.zeros((2, 7), np.int64)}, "is int64 [2, 7]: expected"),
+        ({**ANSWER, "action_tokens": np.zeros((1, 7))}, "is float64 [1, 7]: expected"),
+        ({**ANSWER, "action_tokens": np.full((1, 7), 100_000)}, "are not all in 0 to 255"),
+        ({**ANSWER, "action_tokens": np.full((1, 7), 256)}, "are not all in 0 to 255"),
+        ({**ANSWER, "action_tokens": np.full((1, 7), -1)}, "are not all in 0 to 255"),
+        ({**ANSWER, "log_probs": np.full((1, 7), np.nan, np.float32)}, "its log_probs are not all"),
+        ({**ANSWER, "log_probs": np.zeros(7, np.float32)}, "its log_probs is float32 [7]"),
+        ({**ANSWER, "value": np.zeros((1, 1), np.float32)}, "its value is float32 [1, 1]"),
+        ({**ANSWER, "value": np.full(1, np.inf, np.float32)}, "its value are not all finite"),
+        (b"\xc1", "the message is not readable"),
+        (b"\x90", "the message is a list"),
+        ("no\n" * 5000, "says: no no"),
+    ],
+)
+def test_an_answer_that_is_none_is_told(answer: dict | bytes | str, words: str) -> None:
+    def behave(connection: ServerConnection) -> None:
+        connection.send(pack(SOUND))
+        for _ in connection:
+            connection.send(pack(answer) if isinstance(answer, dict) else answer)
+
+    with standing_in(behave) as address, closing(RemotePolicy(address)) as policy:
+        assert policy.about["env_steps"] == 5
+        seen = Observation(torch.from_numpy(frames(0)), policy.tokenize([PROMPT]))
+        if not words:
+            assert policy.act(seen, temperature=0.0).action_tokens.tolist() == [[255] * 7]
+            return
+        with pytest.raises(UserError) as caught:
+            policy.act(seen, temperature=0.0)
+    said = str(caught.value)
+    assert words in said
+    assert said.startswith(f"the policy server at {address} ")
+    assert len(said) < 400
+    assert "\n" not in said
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["127.0.0.1:99999", "127.0.0.1:-1", "[::1", "", ":80", "a b:1", "x" * 300 + ":1", "\0:1"],
+)
+def test_an_address_that_is_none_is_told(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, "eval", "--policy", f"remote://{address}", "--env", "VR-UnseenTable")
+    assert "no policy server answers at remote://" in said
+    assert said.count("\n") == 1

@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from probes import TablePolicy
+from roadvla import cli
 from roadvla.errors import UserError
+from roadvla.policy import BACKBONE_FOLDER
 from roadvla.train.demonstrations import Demonstrations, load_demonstrations, save_demonstrations
 
 
@@ -106,18 +108,60 @@ def test_a_wrong_header_is_refused(tmp_path, metadata, says):
         ("episode_index", torch.tensor([0, 0, 0, 1, 2]), "none of the 2 episodes"),
         ("episode_index", torch.tensor([0, 0, 0, 1, -1]), "none of the 2 episodes"),
         ("step_index", torch.zeros(5), "not torch.int64"),
+        ("image", torch.zeros(5, 4, 4, 5, dtype=torch.uint8), r"its frames are \(4, 4, 5\)"),
+        ("image", torch.zeros(5, 0, 0, 3, dtype=torch.uint8), r"its frames are \(0, 0, 3\)"),
+        ("action", torch.tensor(1.0), "action is missing or not torch.float32 2-D"),
+        ("zzz", torch.tensor(1.0), "holds 'zzz', which demonstrations do not have"),
+        ("x\n" * 50, torch.ones(5), "which demonstrations do not have"),
     ],
 )
+@pytest.mark.usefixtures("unchecked")
 def test_tensors_that_do_not_fit_are_refused(tmp_path, name, value, says):
     path = tmp_path / "file"
     save_demonstrations(demonstrations(), path)
     tensors = load_file(path)
-    tensors.pop(name)
+    tensors.pop(name, None)
     if value is not None:
         tensors[name] = value
     save_file(tensors, path, metadata={"demonstrations": json.dumps(ABOUT)})
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=says) as caught:
         load_demonstrations(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_plain_file_or_too_large_is_not_opened(tmp_path, monkeypatch):
+    for name in ("file", "part-000000.safetensors"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UserError, match="not a plain file"):
+            load_demonstrations(tmp_path / name)
+    with pytest.raises(UserError, match="not a plain file"):
+        load_demonstrations(tmp_path)
+    large = tmp_path / "large"
+    save_demonstrations(demonstrations(), large)
+    os.truncate(large, 110 << 30)
+    with pytest.raises(UserError, match=r"damaged \(it has 118,\d+,\d+,\d+ bytes, more than the"):
+        load_demonstrations(large)
+
+
+def test_a_part_that_is_no_plain_file_is_not_opened(tmp_path):
+    save_demonstrations(demonstrations(), tmp_path / "part-000000.safetensors")
+    os.mkfifo(tmp_path / "part-000001.safetensors")
+    with pytest.raises(UserError, match=r"part-000001.*not a plain file"):
+        load_demonstrations(tmp_path)
+
+
+@pytest.mark.parametrize("side", [8, 96])
+def test_frames_of_another_size_than_the_policy_s_are_told(side, tmp_path, capsys):
+    path = tmp_path / "file"
+    save_demonstrations(
+        replace(demonstrations(), image=torch.zeros(5, side, side, 3, dtype=torch.uint8)), path
+    )
+    line = ["train", "debug", "--algo", "sft", "--init", str(BACKBONE_FOLDER)]
+    line += ["--demonstrations", str(path), "--output", str(tmp_path / "run")]
+    assert cli.main(line) == 2
+    said = capsys.readouterr().err
+    assert f"has frames of {side} by {side}, the policy sees 48 by 48" in said
+    assert said.count("\n") == 1
 
 
 def test_a_full_disk_leaves_the_old_file(tmp_path, monkeypatch):

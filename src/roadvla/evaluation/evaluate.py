@@ -29,6 +29,7 @@ from roadvla.evaluation.machine import describe_machine
 from roadvla.evaluation.stats import wilson
 from roadvla.policy.base import Policy
 from roadvla.policy.sampling import draw_uniform
+from roadvla.policy.temperature import check_temperature
 from roadvla.types import Observation
 from roadvla.world import World
 
@@ -341,7 +342,7 @@ def check_request(
     Args:
         split: As ``evaluate``'s, like the rest.
         episodes: At least 1.
-        temperature: At least 0.
+        temperature: 0 or at least 0.001.
         num_envs: At least 1.
         seed: At least 0.
         record: At most ``episodes``.
@@ -355,8 +356,7 @@ def check_request(
         raise UserError(f"episodes is {episodes}: at least 1 is needed")
     if num_envs < 1:
         raise UserError(f"num_envs is {num_envs}: at least 1 is needed")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature is {temperature}: expected 0 (greedy) or more")
+    check_temperature(temperature)
     if seed < 0:
         raise UserError(f"seed is {seed}: expected 0 or more")
     if not 0 <= record <= episodes:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import math
+import stat
 import struct
+import tokenize
 import zipfile
 import zlib
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -17,13 +20,17 @@ import torch
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, Film
 from roadvla.evaluation.failures import EVENTS, check_modes
-from roadvla.files import read_json, written_beside
+from roadvla.files import read_json, sync_folder, written_beside
 
 _MAX_FILM = 2 << 30
+# NumPy parses an array's header as Python, and zipfile what it finds: either fails in many ways.
 _NO_FILM = (
-    *(OSError, KeyError, ValueError, TypeError, EOFError, MemoryError, NotImplementedError),
-    *(zipfile.BadZipFile, zlib.error, SyntaxError, struct.error),
+    *(OSError, LookupError, ValueError, TypeError, EOFError, MemoryError, NotImplementedError),
+    *(OverflowError, RecursionError, zipfile.BadZipFile, zlib.error, SyntaxError, struct.error),
+    tokenize.TokenError,
 )
+_FILM = {"frames": ("u", 5), "success": ("b", 1), "instructions": ("U", 1), "episode_ids": ("i", 1)}
+"""Arrays of a film: kind of their entries, dimensions."""
 _AGAIN = "run `roadvla eval` again to replace it"
 _DERIVED = ("success_rate", "success_low", "success_high", "success_once_rate", "grasp_rate")
 _OUTCOMES = ("success", "success_once", "grasped")
@@ -93,6 +100,7 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> Path:
             if frames is not None:
                 frames.replace(film_path(path))
             numbers.replace(path)
+            sync_folder(folder)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
@@ -178,26 +186,37 @@ def read_film(path: Path) -> Film:
     try:
         _check_film_size(path)
         with np.load(path, allow_pickle=False) as data:
-            film = Film(
-                frames=torch.from_numpy(data["frames"]),
-                success=torch.from_numpy(data["success"]),
-                instructions=tuple(str(text) for text in data["instructions"]),
-                episode_ids=tuple(int(i) for i in data["episode_ids"]),
-            )
-        shape = film.frames.shape
-        sound = film.frames.dtype == torch.uint8 and len(shape) == 5 and shape[-1] == 3
-        counts = {shape[0], len(film.success), len(film.instructions), len(film.episode_ids)}
-        if not sound or len(counts) != 1:
+            arrays = {name: _film_array(data, name) for name in _FILM}
+        frames = arrays["frames"]
+        if frames.dtype != np.uint8 or frames.shape[-1] != 3 or not frames.size:
+            raise ValueError(f"its frames are {frames.dtype} {list(frames.shape)}")
+        if len({len(array) for array in arrays.values()}) != 1:
             raise ValueError("its arrays do not fit together")
     except FileNotFoundError as error:
         raise UserError(f"cannot read {path}: it does not exist") from error
     except _NO_FILM as error:
         raise UserError(f"{path} is not a film ({error}); {_AGAIN}") from error
-    return film
+    return Film(
+        frames=torch.from_numpy(frames),
+        success=torch.from_numpy(arrays["success"]),
+        instructions=tuple(str(text) for text in arrays["instructions"]),
+        episode_ids=tuple(int(number) for number in arrays["episode_ids"]),
+    )
+
+
+def _film_array(data: Mapping[str, Any], name: str) -> np.ndarray:
+    """Take an array of a film, of the kind that it must be: what indexes it does not look."""
+    kind, dimensions = _FILM[name]
+    array = data[name]  # bytes, where the archive holds something else than an array
+    if not isinstance(array, np.ndarray) or array.dtype.kind != kind or array.ndim != dimensions:
+        raise ValueError(f"{name} is no array of the kind that films have")
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("="))
 
 
 def _check_film_size(path: Path) -> None:
     """Refuse what would fill the memory: an archive says beforehand how large its arrays are."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ValueError("it is not a plain file")
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
     if size > _MAX_FILM:

@@ -51,7 +51,7 @@ class Measurement:
         sim: ``tabletop`` or ``maniskill``.
         split: Its training set (in distribution) or its test set (out of distribution).
         episodes: How many; ids 0, 1, 2, …
-        temperature: Of the action sampling; 0 is greedy.
+        temperature: Of the action sampling: 0 is greedy, or at least 0.001.
         record: Keep the frames of this many episodes; if it was filmed before, of no fewer.
         output: Folder for the result; SOURCE/evaluation unless given, or runs/eval-NAME for a
             checkpoint of that name.

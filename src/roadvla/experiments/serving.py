@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, cast
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import usable_device
 from roadvla.experiments.stages import trained
+from roadvla.files import read_bytes
 from roadvla.policy import NormStats, load_policy, policy_kind
 from roadvla.policy.settings import OpenVLASettings
 from roadvla.serving.settings import Serving
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
     from roadvla.serving.client import RemotePolicy
 
 TOKEN = "ROADVLA_TOKEN"
+_MAX_TOKEN = 4096
+"""Bytes; a line of a request has at most 8,192."""
 _EXTRA = (
     "serving needs packages that are not installed ({error}): pip install 'roadvla[serve]', or "
     "make .venv/installed-test in the repository"
@@ -34,14 +37,16 @@ def serve(source: Path, settings: Serving, *, token_file: Path | None = None) ->
         token_file: Holds the secret that clients must present.
 
     Raises:
-        UserError: If the policy does not load, the address is taken, or others than this machine
-            could connect without a token.
+        UserError: If the policy does not load, the address is taken, others than this machine could
+            connect without a token, or the process may not open enough files.
     """
     try:
         from roadvla.serving.server import PolicyServer, run_server
+        from roadvla.serving.sockets import allow_files
     except ImportError as error:
         raise UserError(_EXTRA.format(error=error.name)) from error
     token = _token(token_file)
+    allow_files(settings.max_clients)  # said before a large policy is loaded
     usable_device(settings.device)
     folder = policy_folder(source)
     kind = policy_kind(folder)
@@ -74,22 +79,34 @@ def connect(address: str) -> RemotePolicy:
         address: ``remote://HOST:PORT``.
 
     Raises:
-        UserError: If there is no such server.
+        UserError: If there is no such server, or the variable holds no token.
     """
     try:
         from roadvla.serving.client import RemotePolicy
     except ImportError as error:
         raise UserError(_EXTRA.format(error=error.name)) from error
-    return RemotePolicy(address, os.environ.get(TOKEN) or None)
+    return RemotePolicy(address, _token(None))
 
 
 def _token(file: Path | None) -> str | None:
+    """Read the secret from a file, or else from the environment variable, if it is set.
+
+    Raises:
+        UserError: If the file cannot be read, or what is read cannot be a token.
+    """
     if file is None:
-        return os.environ.get(TOKEN) or None
+        found = os.environ.get(TOKEN)
+        return _checked(found, f"the variable {TOKEN}") if found else None
     try:
-        token = file.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
+        found = read_bytes(file, limit=_MAX_TOKEN).decode()
+    except (OSError, ValueError) as error:
         raise UserError(f"token file {file} cannot be read ({error})") from error
-    if not token or not token.isascii() or any(c.isspace() for c in token):
-        raise UserError(f"token file {file} holds no token: expected one line without spaces")
+    return _checked(found, f"token file {file}")
+
+
+def _checked(text: str, source: str) -> str:
+    """Refuse what no header of a request can hold."""
+    token = text.strip()
+    if not 0 < len(token) <= _MAX_TOKEN or not all("!" <= letter <= "~" for letter in token):
+        raise UserError(f"{source} holds no token: expected one line of ASCII without spaces")
     return token

@@ -125,7 +125,7 @@ class NormStats:
             q01 = tuple(float(value) for value in action["q01"])
             q99 = tuple(float(value) for value in action["q99"])
             mask = tuple(bool(value) for value in action.get("mask") or [True] * len(q01))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise UserError(
                 "action statistics are unreadable: expected "
                 '{"action": {"q01": [...], "q99": [...], "mask": [...]}}'

@@ -126,6 +126,11 @@ class TinyVLA(nn.Module):
         return self.words.device
 
     @property
+    def image_size(self) -> int:
+        """Height and width of the frames that it sees; it takes no others."""
+        return self.architecture.image_size
+
+    @property
     def vision_frozen(self) -> bool:
         """Whether the vision tower takes no gradient."""
         return not self.vision.stem.weight.requires_grad

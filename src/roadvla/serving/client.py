@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidURI
 from websockets.sync.client import connect
 
 from roadvla.errors import UserError
-from roadvla.policy.action_tokens import NormStats
+from roadvla.policy.action_tokens import NUM_BINS, NUM_TOKENS
 from roadvla.policy.sampling import draw_uniform
-from roadvla.serving.messages import MAX_BYTES, PROTOCOL, MessageError, pack, unpack
+from roadvla.serving.answers import read_answer, read_greeting
+from roadvla.serving.messages import MAX_BYTES, MessageError, pack, unpack
 from roadvla.types import Observation, PolicyOutput
 
 SCHEME = "remote://"
@@ -24,6 +25,8 @@ _OPEN_SECONDS = 10.0
 _ANSWER_SECONDS = 300.0
 _OTHER_BYTES = 500_000
 """Of a message that are no frame: texts and numbers."""
+_NO_SERVER = (OSError, TimeoutError, InvalidURI, ValueError, OverflowError)
+"""Of addresses: hosts that are none, ports that cannot be, nobody there."""
 
 
 class RemotePolicy:
@@ -40,7 +43,7 @@ class RemotePolicy:
         UserError: If there is no server, or one of another kind.
     """
 
-    num_bins = 256
+    num_bins, num_tokens = NUM_BINS, NUM_TOKENS
 
     def __init__(self, address: str, token: str | None = None) -> None:
         self._address = address
@@ -57,24 +60,18 @@ class RemotePolicy:
             )
             self._socket = self._open.enter_context(opening)
             greeting = self._socket.recv(timeout=_OPEN_SECONDS)
-        except (OSError, TimeoutError, InvalidHandshake, InvalidURI, ConnectionClosed) as error:
+        except (*_NO_SERVER, InvalidHandshake, ConnectionClosed) as error:
+            self.close()
             raise UserError(
                 f"no policy server answers at {address} ({error}): start one with `roadvla serve "
                 f"CHECKPOINT`, and set ROADVLA_TOKEN if it wants a token"
             ) from error
         try:
-            self.about = unpack(greeting if isinstance(greeting, bytes) else b"")
-            self._stats = NormStats.from_dict(self.about["norm_stats"])
-            self.num_tokens = len(self._stats.q01)
-            version = self.about["protocol"]
-            self._rows = int(self.about["max_batch"])
-        except (MessageError, KeyError, TypeError, ValueError) as error:
-            raise UserError(f"{address} is no policy server of roadvla ({error})") from error
-        if version != PROTOCOL or self._rows < 1:
-            raise UserError(
-                f"{address} speaks version {version} of the protocol, this is {PROTOCOL}: use the "
-                f"same version of roadvla on both sides"
-            )
+            said = read_greeting(unpack(greeting if isinstance(greeting, bytes) else b""))
+        except MessageError as error:
+            self.close()
+            raise UserError(f"{address} is no policy server for this roadvla ({error})") from error
+        self.about, self._stats, self._rows = said.about, said.stats, said.rows
         self._texts: list[str] = []
 
     def tokenize(self, instructions: Sequence[str]) -> Int[Tensor, "B 1"]:
@@ -94,7 +91,7 @@ class RemotePolicy:
         """Let the server sample, by numbers that are drawn here.
 
         Raises:
-            UserError: If the server refuses, or is gone.
+            UserError: If the server refuses, is gone, or answers something else.
             ValueError: If logits are asked for.
         """
         if keep_logits:
@@ -149,7 +146,7 @@ class RemotePolicy:
 
     def _ask(
         self, image: np.ndarray, texts: list[str], noise: np.ndarray, temperature: float
-    ) -> dict[str, Any]:
+    ) -> dict[str, np.ndarray]:
         message = {
             "observation/image": image,
             "prompt": texts,
@@ -162,5 +159,11 @@ class RemotePolicy:
         except (ConnectionClosed, TimeoutError, OSError) as error:
             raise UserError(f"the policy server at {self._address} is gone ({error})") from error
         if isinstance(answer, str):
-            raise UserError(f"the policy server at {self._address} says: {answer}")
-        return unpack(answer)
+            said = " ".join(answer.split())[:300]
+            raise UserError(f"the policy server at {self._address} says: {said}")
+        try:
+            return read_answer(unpack(answer), len(image))
+        except MessageError as error:
+            raise UserError(
+                f"the policy server at {self._address} answers what cannot be used ({error})"
+            ) from error

@@ -2,7 +2,8 @@
 
 An array travels as a map with the byte-string keys ``__ndarray__`` (true), ``data``, ``dtype``
 (NumPy's short form) and ``shape``. Nothing else is ever built from a message than numbers, text,
-lists, maps and arrays of plain numbers, and no array is larger than the bytes that came for it.
+lists, maps and arrays of plain numbers, at most ``MAX_VALUES`` of them together, and no array is
+larger than the bytes that came for it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import msgpack
 import numpy as np
 
 from roadvla.errors import UserError
+from roadvla.policy.temperature import check_temperature
+from roadvla.serving.counting import MAX_VALUES, count_values
+from roadvla.serving.settings import MAX_TEMPERATURE
 
 PROTOCOL = 1
 MAX_BYTES = 8_000_000
 """Largest message: 8 frames of 480 × 640, or 1,000 of the tabletop's."""
 MAX_SIDE = 2048
 MAX_PROMPT = 1000
-MAX_TEMPERATURE = 100.0
 IMAGE_KEYS = ("observation/image", "image")
 PROMPT_KEYS = ("prompt", "instruction")
 
@@ -46,12 +49,13 @@ def unpack(data: bytes) -> dict[str, Any]:
         MessageError: If it is not a map in msgpack, or holds what no message may hold.
     """
     try:
+        count_values(data)
         message = msgpack.unpackb(
             data,
             object_hook=_unpack_array,
             max_bin_len=MAX_BYTES,
             max_str_len=10_000,
-            max_array_len=100_000,
+            max_array_len=MAX_VALUES,
             max_map_len=1000,
             max_ext_len=0,
         )
@@ -115,7 +119,11 @@ def read_request(
         raise MessageError(f"{_describe(asked)} stands for the prompt: expected {count} texts")
     if max(map(len, prompts)) > MAX_PROMPT:
         raise MessageError(f"a prompt is longer than {MAX_PROMPT} characters")
-    heat = _number(message.get("temperature", temperature), "temperature", 0.0, MAX_TEMPERATURE)
+    heat = _number(message.get("temperature", temperature), "temperature")
+    try:
+        check_temperature(heat, most=MAX_TEMPERATURE)
+    except UserError as error:
+        raise MessageError(str(error)) from error
     return Request(
         image=image,
         prompts=prompts,
@@ -145,14 +153,16 @@ def _first(message: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     for name in names:
         if name in message:
             return message[name]
-    raise MessageError(f"{names[0]!r} is missing: the message has {sorted(map(str, message))[:10]}")
+    raise MessageError(f"{names[0]!r} is missing: the message has {_names(message)}")
 
 
-def _number(value: Any, name: str, least: float, most: float) -> float:
+def _names(message: Mapping[str, Any]) -> list[str]:
+    return sorted(str(name)[:20] for name in message)[:10]
+
+
+def _number(value: Any, name: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MessageError(f"{name} is {_describe(value)}: expected a number")
-    if not (math.isfinite(value) and least <= value <= most):
-        raise MessageError(f"{name} is {value}: expected {least:g} to {most:g}")
     return float(value)
 
 

@@ -11,7 +11,6 @@ import asyncio
 import hmac
 import ipaddress
 import signal
-import sys
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
@@ -33,8 +32,12 @@ from roadvla.serving.messages import (
     read_request,
     unpack,
 )
+from roadvla.serving.notices import Warnings
 from roadvla.serving.settings import Serving
+from roadvla.serving.sockets import BACKLOG, Sockets, allow_files
 
+_OPEN_SECONDS = 5.0
+"""Longest time that a client may take to say what it wants."""
 _SEND_SECONDS = 20.0
 """Longest time that a client may take to accept an answer."""
 
@@ -47,6 +50,9 @@ class PolicyServer:
         about: What clients are told on connecting.
         settings: How it is served.
         token: What clients must present, if they must.
+
+    Attributes:
+        warnings: Where it says what strangers, or the policy, do wrong.
 
     Raises:
         UserError: If others than this machine could connect and there is no token.
@@ -66,6 +72,7 @@ class PolicyServer:
             )
         self._policy, self._settings, self._token = policy, settings, token
         self._greeting = pack({**about, "protocol": PROTOCOL, "max_batch": settings.max_batch})
+        self._sockets, self.warnings = Sockets(), Warnings()
         self._batcher: Batcher | None = None
         self._server: Server | None = None
 
@@ -84,9 +91,10 @@ class PolicyServer:
         """Start to listen.
 
         Raises:
-            UserError: If the address cannot be used.
+            UserError: If the address cannot be used, or the process may not open enough files.
         """
         settings = self._settings
+        allow_files(settings.max_clients)
         try:
             self._server = await serve(
                 self._converse,
@@ -97,6 +105,10 @@ class PolicyServer:
                 max_queue=1,
                 compression=None,
                 server_header=None,
+                create_connection=self._sockets.counted(),
+                open_timeout=_OPEN_SECONDS,
+                logger=self.warnings.logger(),
+                backlog=BACKLOG,
             )
         except OSError as error:
             raise UserError(
@@ -127,8 +139,7 @@ class PolicyServer:
             return connection.respond(HTTPStatus.OK, "OK\n")
         if self._token is not None and not _presents(request, self._token):
             return connection.respond(HTTPStatus.UNAUTHORIZED, "a token is needed\n")
-        assert self._server is not None
-        if len(self._server.connections) >= self._settings.max_clients:
+        if self._sockets.in_conversation() >= self._settings.max_clients:
             return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, "too many clients\n")
         return None
 
@@ -157,7 +168,7 @@ class PolicyServer:
         except UserError as error:
             return f"error: {error}"
         except Exception as error:
-            print(f"roadvla: warning: a request failed: {error!r}", file=sys.stderr)
+            self.warnings.warn(f"a request failed: {error!r}")
             return f"error: the policy failed on this request ({type(error).__name__})"
 
 
@@ -172,6 +183,7 @@ def run_server(server: PolicyServer, *, announce: Any) -> None:
     async def until_stopped() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+        loop.set_exception_handler(server.warnings.of_loop)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, stop.set)
         async with server:

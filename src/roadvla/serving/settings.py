@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from roadvla.errors import UserError
+from roadvla.policy.temperature import check_temperature
+
+MAX_TEMPERATURE = 100.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +22,8 @@ class Serving:
         max_wait_ms: Milliseconds that a request may wait for others to share a pass.
         max_waiting: Requests that may wait; more are told that the server is busy.
         max_clients: Connections at a time; more are refused.
-        temperature: Of the sampling, unless a request says otherwise; 0 is greedy.
+        temperature: Of the sampling, unless a request says otherwise: 0 is greedy, or
+            0.001 to 100.
         seed: Of the sampling, where a request does not bring its own numbers.
     """
 
@@ -38,8 +42,9 @@ class Serving:
         for name in ("max_batch", "max_waiting", "max_clients"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}: at least 1 is needed")
-        for name in ("max_wait_ms", "temperature", "seed"):
+        for name in ("max_wait_ms", "seed"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"{name} is {getattr(self, name)}: expected 0 or more")
+        check_temperature(self.temperature, most=MAX_TEMPERATURE)
         if not 0 <= self.port < 65536:
             raise UserError(f"port is {self.port}: expected 0 to 65535")

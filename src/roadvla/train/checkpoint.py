@@ -25,7 +25,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from roadvla.errors import UserError
-from roadvla.files import MAX_JSON, MAX_TENSORS, parse_json, read_json
+from roadvla.files import MAX_JSON, MAX_TENSORS, parse_json, read_json, sync_folder
 from roadvla.policy.base import Policy
 from roadvla.tensors import parse_tensors
 from roadvla.train.listed import ELSEWHERE, OPTIMIZER, STATE, DamagedError, read_listed
@@ -34,7 +34,6 @@ from roadvla.train.manifest import (
     as_json,
     read_files,
     read_object,
-    sync_folder,
     verify,
     write_manifest,
     write_synced,

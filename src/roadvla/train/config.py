@@ -8,6 +8,7 @@ from typing import Literal
 from roadvla.envs import ManiSkillSettings
 from roadvla.errors import UserError
 from roadvla.policy.settings import OpenVLASettings, PolicyKind
+from roadvla.policy.temperature import check_temperature
 from roadvla.train.algorithm import Algorithm
 from roadvla.train.checks import (
     check_choices,
@@ -72,7 +73,7 @@ class RolloutConfig:
     Attributes:
         num_envs: B, episodes run at once.
         total_env_steps: Budget, never exceeded: as many iterations are made as fit.
-        temperature: Of the behaviour policy; losses use the same.
+        temperature: Of the behaviour policy, at least 0.001; losses use the same.
         end_on_success: Whether an episode terminates at its first success.
         overlap: Simulate in two half-batches, one while the policy acts in the other.
     """
@@ -88,7 +89,7 @@ class RolloutConfig:
         check_choices(self)
         for name in ("num_envs", "total_env_steps"):
             check_range(self, name, least=1.0)
-        check_range(self, "temperature", above=0.0)
+        check_temperature(self.temperature, greedy=False)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +100,7 @@ class EvaluationConfig:
         every: Iterations between evaluations; 0 for the final one only.
         episodes: Episodes of each split in an evaluation on the way.
         final_episodes: Episodes of each split at the end; 0 for no evaluation.
-        temperature: Of the action sampling; 0 is greedy.
+        temperature: Of the action sampling: 0 is greedy, or at least 0.001.
     """
 
     every: int = 10
@@ -112,7 +113,7 @@ class EvaluationConfig:
         for name in ("every", "final_episodes"):
             check_range(self, name, least=0.0)
         check_range(self, "episodes", least=1.0)
-        check_range(self, "temperature", least=0.0)
+        check_temperature(self.temperature)
 
     def due(self, iteration: int) -> bool:
         """Whether an evaluation follows this many completed iterations."""

@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import parse_json, read_json
+from roadvla.files import MAX_TENSORS, check_plain, parse_json, read_json, sync_folder
 from roadvla.policy.base import Policy
 from roadvla.train.run_folder import DEMONSTRATIONS
 from roadvla.types import Batch, Observation
@@ -137,6 +137,7 @@ def save_demonstrations(demonstrations: Demonstrations, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise UserError(
@@ -156,6 +157,25 @@ def load_demonstrations(path: Path) -> Demonstrations:
     """
     files = demonstration_files(path)
     return _load_file(files[0]) if len(files) == 1 else _join(files)
+
+
+def check_frames(demonstrations: Demonstrations, side: int | None, path: Path) -> None:
+    """Refuse demonstrations whose frames are not what the policy sees.
+
+    Args:
+        demonstrations: Whose frames.
+        side: Height and width that the policy sees; ``None`` if it takes any.
+        path: Where they come from.
+
+    Raises:
+        UserError: If they are of another size.
+    """
+    size = tuple(demonstrations.image.shape[1:3])
+    if side is not None and size != (side, side):
+        raise UserError(
+            f"{path} has frames of {size[0]} by {size[1]}, the policy sees {side} by {side}: "
+            f"collect demonstrations of that size"
+        )
 
 
 def demonstration_files(path: Path) -> list[Path]:
@@ -204,16 +224,23 @@ def _again(path: Path) -> str:
 
 def _load_file(path: Path) -> Demonstrations:
     try:
+        check_plain(path, limit=MAX_TENSORS)
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            held = set(file.keys())
+            tensors = {name: file.get_tensor(name) for name in _TENSORS if name in held}
     except FileNotFoundError as error:
         raise UserError(
             f"no demonstrations at {path}: make some with `roadvla demos collect` or `roadvla "
             f"warmup`, or check the path"
         ) from error
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{path} is damaged ({error}): {_again(path)}") from error
+    if held - set(_TENSORS):
+        raise UserError(
+            f"{path} holds {min(held - set(_TENSORS))!r:.40}, which demonstrations do not have: "
+            f"{_again(path)}"
+        )
     try:
         about = parse_json(metadata[_KEY])
         instructions = tuple(str(text) for text in about["instructions"])
@@ -269,9 +296,10 @@ def _join(files: list[Path]) -> Demonstrations:
 def _count_steps(path: Path) -> int:
     """Read how many steps a file has, without them."""
     try:
+        check_plain(path, limit=MAX_TENSORS)
         with safe_open(path, framework="pt") as file:
             return int(file.get_slice("action").get_shape()[0])
-    except (OSError, SafetensorError, IndexError) as error:
+    except (OSError, ValueError, SafetensorError, IndexError) as error:
         raise UserError(f"{path} is damaged ({error}): {_again(path)}") from error
 
 
@@ -286,6 +314,9 @@ def _check(path: Path, tensors: dict[str, Tensor], episodes: int) -> None:
         raise UserError(
             f"{path}: its tensors have different numbers of steps, or none: {_again(path)}"
         )
+    image = tensors["image"]
+    if image.shape[-1] != 3 or not image.numel():
+        raise UserError(f"{path}: its frames are {tuple(image.shape[1:])}: {_again(path)}")
     action, index = tensors["action"], tensors["episode_index"]
     if action.shape[1] != 7 or not bool(torch.isfinite(action).all()):
         raise UserError(f"{path}: actions are not 7 finite numbers each: {_again(path)}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from roadvla.files import write_whole
 from roadvla.types import Batch
 
 FOLDER = "diagnosis"
@@ -59,7 +60,7 @@ def write_diagnosis(
     }
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(data, indent=1, default=str) + "\n", encoding="utf-8")
+        write_whole(path, (json.dumps(data, indent=1, default=str) + "\n").encode())
     except OSError:
         pass  # what stopped the run matters more, and is told
     return path

@@ -151,15 +151,6 @@ def write_synced(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Put on disk which names a folder holds."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _from_format_1(folder: Path, state: dict[str, Any]) -> Files:
     """Gather the checksums that format 1 kept in two files; it recorded no sizes."""
     policy = read_object(folder / DESCRIPTION).get("sha256", {})

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation
-from roadvla.files import MAX_METRICS, parse_json, read_bytes
+from roadvla.files import MAX_METRICS, parse_json, read_bytes, sync_folder
 from roadvla.train.board import Board
-from roadvla.train.manifest import sync_folder
 
 FILE = "metrics.jsonl"
 _COUNTERS = ("iteration", "env_steps")

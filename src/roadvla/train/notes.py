@@ -13,7 +13,7 @@ NOTES = "notes.jsonl"
 
 
 def add_note(folder: Path, iteration: int, text: str) -> None:
-    """Append a note; it is on disk when this returns.
+    """Append a note; it is on disk when this returns. A last line that was cut off goes.
 
     Args:
         folder: Of the run.
@@ -26,8 +26,11 @@ def add_note(folder: Path, iteration: int, text: str) -> None:
     now = datetime.now(UTC).isoformat(timespec="seconds")
     path = folder / NOTES
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": now, "iteration": iteration, "note": text}) + "\n")
+        with path.open("a+b") as file:
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)  # what a kill left of a last line
+            row = {"time": now, "iteration": iteration, "note": text}
+            file.write(json.dumps(row).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:

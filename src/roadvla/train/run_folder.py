@@ -15,9 +15,10 @@ from typing import Any
 
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import describe_machine
-from roadvla.files import read_json
+from roadvla.files import read_json, sync_folder
 from roadvla.train.checkpoint import is_base, policy_folder
 from roadvla.train.config import Experiment
+from roadvla.train.diagnosis import FOLDER as DIAGNOSIS
 from roadvla.train.launched import launch_id
 from roadvla.train.notes import NOTES
 from roadvla.train.serialize import difference, from_dict, setting, to_dict
@@ -32,6 +33,7 @@ _POLICY_PARTS = (
 )
 _RUN_PARTS = (
     *("metrics.jsonl", "metrics.partial", "tensorboard", "checkpoints", "evaluation", NOTES),
+    DIAGNOSIS,
 )
 _PARTS = (*_POLICY_PARTS, *_RUN_PARTS, CONFIG)
 _WITH_CRITIC = ("ppo", "road")
@@ -117,7 +119,7 @@ def clear_folder(folder: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file; it appears whole or not at all.
+    """Write a JSON file; it appears whole or not at all, and is on disk when this returns.
 
     Raises:
         UserError: If it cannot be written.
@@ -129,6 +131,7 @@ def write_json(path: Path, value: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error

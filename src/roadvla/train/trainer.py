@@ -25,7 +25,7 @@ from roadvla.train.checkpoint import (
     save_checkpoint,
 )
 from roadvla.train.config import Experiment
-from roadvla.train.demonstrations import Demonstrations, load_demonstrations
+from roadvla.train.demonstrations import Demonstrations, check_frames, load_demonstrations
 from roadvla.train.divergence import (
     check_alike,
     refuse_divergence,
@@ -90,6 +90,9 @@ class Trainer:
         source = checkpoint or experiment.init
         loaded = load_policies(self._parts, experiment, source, self._device, self.world)
         self.policy, self._reference = loaded
+        if self._demonstrations is not None:
+            side = getattr(self.policy, "image_size", None)
+            check_frames(self._demonstrations, side, Path(str(experiment.demonstrations)))
         critic = self._reference
         self._share_vision = critic is not None and critic.shares_vision(self.policy)
         self.optimizer = make_optimizer(self.policy, experiment.optimizer)

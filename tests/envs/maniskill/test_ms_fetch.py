@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import stat
@@ -203,6 +204,52 @@ def test_progress_counts_to_the_whole(server: Server, tmp_path: Path) -> None:
     )
     assert told[-1] == (200_000, 200_000)
     assert len(told) > 1
+
+
+class _Endless(BaseHTTPRequestHandler):
+    """Sends as much as is taken, and says what it likes about how much that is."""
+
+    length: str | None = None
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.length is not None:
+            self.send_header("Content-Length", self.length)
+        self.end_headers()
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                self.wfile.write(bytes(100_000))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("length", [None, "x", "-5", "1000000000000000"])
+def test_a_server_that_does_not_stop_is_left(length: str | None, tmp_path: Path) -> None:
+    handler = type("Handler", (_Endless,), {"length": length})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as endless:
+        threading.Thread(target=endless.serve_forever, args=(0.01,), daemon=True).start()
+        told: list[int] = []
+        with pytest.raises(DownloadError, match="more than the 300,000 bytes it may have"):
+            download(
+                f"http://127.0.0.1:{endless.server_port}/a",
+                tmp_path / "a",
+                fault=lambda file: "",
+                resume=True,
+                limit=300_000,
+                report=lambda received, total: told.append(received),
+            )
+        endless.shutdown()
+    assert max(told, default=0) <= 300_000
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_of_known_size_may_not_be_much_larger(
+    server: Server, catalog: Catalog, folders: AssetFolders
+) -> None:
+    server.files["rl/more_carrot/002_kitchen%20shovel_1/collision.obj"] = bytes(2 << 20)
+    with pytest.raises(UserError, match=r"more than the 1,04\d,\d+ bytes it may have"):
+        _fetch(folders, catalog)
 
 
 def test_a_cut_connection_is_continued(

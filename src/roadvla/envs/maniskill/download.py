@@ -22,6 +22,8 @@ PARTIAL = ".partial"
 """Ending of a file that is not complete, or not verified yet."""
 
 _ATTEMPTS, _BLOCK, _TIMEOUT = 3, 1 << 16, 60.0
+MAX_FILE = 1 << 30
+"""Bytes; all assets of the suite together have a seventh of it."""
 PAUSE = 1.0
 """Seconds before the second attempt; twice that before the third."""
 _TRY_AGAIN = (408, 416, 429)
@@ -62,6 +64,7 @@ def download(
     *,
     fault: Callable[[Path], str],
     resume: bool,
+    limit: int = MAX_FILE,
     report: Report = lambda received, total: None,
 ) -> None:
     """Download a file, verify it, and only then put it where it belongs.
@@ -72,6 +75,7 @@ def download(
         fault: Says what is wrong with the file that came; nothing if it is right.
         resume: Whether what came before may be continued: only if ``fault`` would notice pieces
             that do not belong together.
+        limit: Bytes that the file may have; a server that sends more is not listened to further.
         report: Told about progress.
 
     Raises:
@@ -85,7 +89,10 @@ def download(
         time.sleep(PAUSE * attempt)
         start = partial.stat().st_size if resume and partial.is_file() else 0
         try:
-            start = _receive(url, partial, start, report)
+            start = _receive(url, partial, start, limit, report)
+        except DownloadError:
+            partial.unlink(missing_ok=True)  # another try would begin with too much
+            raise
         except urllib.error.HTTPError as error:
             problem, unreachable = f"the server answers {error.code} {error.reason}", False
             if error.code == 416:  # there is nothing after what came before
@@ -107,8 +114,12 @@ def download(
     raise DownloadError(problem, unreachable=unreachable)
 
 
-def _receive(url: str, partial: Path, start: int, report: Report) -> int:
-    """Append what follows ``start``; return where writing began, 0 if the server sent it all."""
+def _receive(url: str, partial: Path, start: int, limit: int, report: Report) -> int:
+    """Append what follows ``start``; return where writing began, 0 if the server sent it all.
+
+    Raises:
+        DownloadError: If it has, or says that it has, more bytes than the file may have.
+    """
     headers = {"User-Agent": f"roadvla/{__version__}", "Accept-Encoding": "identity"}
     if start:
         headers["Range"] = f"bytes={start}-"
@@ -118,16 +129,23 @@ def _receive(url: str, partial: Path, start: int, report: Report) -> int:
         if answer.status != http.client.PARTIAL_CONTENT or not part:
             start = 0
         length = answer.headers.get("Content-Length")
-        total = None if length is None else start + int(length)
+        total = start + int(length) if length is not None and length.isdecimal() else None
         received = start
+        _demand_size(total or 0, limit)
         with partial.open("ab" if start else "wb") as file:
             while block := answer.read(_BLOCK):
-                file.write(block)
                 received += len(block)
+                _demand_size(received, limit)
+                file.write(block)
                 report(received, total)
     if total is not None and received != total:
         raise ConnectionError(f"the connection ended after {received:,} of {total:,} bytes")
     return start
+
+
+def _demand_size(size: int, limit: int) -> None:
+    if size > limit:
+        raise DownloadError(f"the server sends more than the {limit:,} bytes it may have")
 
 
 def _demand_https(url: str) -> None:

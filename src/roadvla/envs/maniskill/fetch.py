@@ -23,10 +23,11 @@ from roadvla.envs.maniskill.catalog import (
     read_catalog,
     root_of,
 )
-from roadvla.envs.maniskill.download import DownloadError, Report, download
+from roadvla.envs.maniskill.download import MAX_FILE, DownloadError, Report, download
 from roadvla.envs.maniskill.inspection import State, inspect
 from roadvla.errors import UserError
 
+_SLACK = 1 << 20
 _HUB = "https://huggingface.co"
 
 
@@ -118,7 +119,16 @@ def _single(asset: Asset, base: str, root: Path) -> Download:
 
     def run(report: Report) -> None:
         target = root / asset.path
-        download(url, target, fault=partial(_fault, asset), resume=resume, report=report)
+        # A picture that was compressed anew, or pieces of two files, may be larger than the file.
+        limit = MAX_FILE if asset.size is None else 2 * asset.size + _SLACK
+        download(
+            url,
+            target,
+            fault=partial(_fault, asset),
+            resume=resume,
+            limit=limit,
+            report=report,
+        )
 
     return Download(label=asset.path, url=url, root=root, run=run)
 
