@@ -13,6 +13,7 @@ from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import Evaluation
 from roadvla.evaluation.files import evaluation_path, read_evaluation, write_evaluation
 from roadvla.experiments import stages
+from roadvla.train.manifest import FORMAT, write_manifest
 
 
 def _write_warm_up(folder: Path, settings: stages.WarmUp) -> None:
@@ -28,9 +29,11 @@ def _write_checkpoint(run: Path, iteration: int) -> Path:
     folder.mkdir(parents=True)
     (run / "checkpoints" / "latest.json").write_text(json.dumps({"folder": name}))
     (folder / "policy.json").write_text("{}")
+    for name in ("policy.safetensors", "optimizer.safetensors"):
+        (folder / name).write_bytes(b"")
     counters = {"iteration": iteration, "env_steps": 10 * iteration, "episodes": 1}
-    state = {"format": 1, **counters, "config": "", "sha256": ""}
-    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "state.json").write_text(json.dumps({"format": FORMAT, **counters, "config": ""}))
+    write_manifest(folder)
     return folder
 
 

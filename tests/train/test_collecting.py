@@ -199,10 +199,11 @@ def test_a_queue_s_signal_interrupts_a_collection(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         return expert_of("tabletop", 0.3)(env, gain, generator)
 
+    before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Preempted, match="stopped by SIGTERM") as said:
         collect(settings(tmp_path / "demos"), act=stopped)
     assert said.value.code == 75
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before
     assert [path.name for path in (tmp_path / "demos").iterdir()] == ["collection.json"]
 
 
