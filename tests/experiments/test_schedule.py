@@ -61,13 +61,13 @@ def make_grid(tmp_path, *cells, finished=()):
 
 
 @pytest.fixture
-def play(tmp_path, monkeypatch):
+def play(tmp_path):
     def run(executor, *cells, finished=()):
-        monkeypatch.setattr(schedule, "is_finished", lambda cell, grid: cell.name in finished)
         said = []
         grid = make_grid(tmp_path, *cells)
         try:
-            run_grid(grid, executor, Origin(command="", commit=""), say=said.append)
+            origin = Origin(command="", commit="")
+            run_grid(grid, executor, origin, finished=finished, say=said.append)
         finally:
             assert executor.closed
         return said
@@ -147,7 +147,7 @@ def test_progress_says_how_long_it_takes(play, monkeypatch):
     assert said[-1] == "3/3  c done"
 
 
-def test_logs_lie_in_the_folder_of_the_grid(tmp_path, monkeypatch):
+def test_logs_lie_in_the_folder_of_the_grid(tmp_path):
     seen = []
 
     class Noting(Script):
@@ -155,8 +155,6 @@ def test_logs_lie_in_the_folder_of_the_grid(tmp_path, monkeypatch):
             seen.append(log)
             super().start(name, work, log)
 
-    monkeypatch.setattr(schedule, "is_finished", lambda cell, grid: False)
-    run_grid(
-        make_grid(tmp_path, ("a", ())), Noting(), Origin(command="", commit=""), say=lambda _: None
-    )
+    origin, grid = Origin(command="", commit=""), make_grid(tmp_path, ("a", ()))
+    run_grid(grid, Noting(), origin, finished=(), say=lambda _: None)
     assert seen == [Path(tmp_path) / "logs" / "a.log"]

@@ -286,9 +286,10 @@ def test_readings_meet_the_best_ppo_of_as_many_steps(tmp_path):
             "start": (0.30, 60, 40, False),
         },
     )
-    own = {row.method: row for row in rivals(results, asked, in_all=False)}
+    rows = entries(results, asked)
+    own = {row.method: row for row in rivals(results, asked, rows, in_all=False)}
     assert {m: (r.against, r.steps) for m, r in own.items()} == {"mix": ("ppo-rate", 100)}
-    in_all = {row.method: row for row in rivals(results, asked, in_all=True)}
+    in_all = {row.method: row for row in rivals(results, asked, rows, in_all=True)}
     assert {m: (r.against, r.steps) for m, r in in_all.items()} == {
         "mix": ("ppo-double", 200),
         "start": ("ppo-rate", 100),

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meeting import meet
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
@@ -63,9 +64,7 @@ def perform(folder: Path, name: str) -> Path:
 
 
 def _perform_all(rank: int, size: int, folder: Path, names: tuple[str, ...]) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    meet(folder / "meeting", rank, size)
     for name in names:
         perform(folder, name)
     distributed.destroy_process_group()
@@ -213,15 +212,8 @@ def test_a_resumed_optimizer_goes_on_where_parameters_are_laid_out_otherwise(
 # Processes that do not agree.
 
 
-def _meet(folder: Path, rank: int) -> World:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    return World.current()
-
-
 def _compare(rank: int, folder: Path) -> None:
-    world, weight = _meet(folder, rank), torch.nn.Parameter(torch.arange(5.0))
+    world, weight = meet(folder / "meeting", rank), torch.nn.Parameter(torch.arange(5.0))
     optimizer, generator = torch.optim.AdamW([weight]), torch.Generator()
     weight.grad = torch.ones(5)
     optimizer.step()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from meeting import meet
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
@@ -64,14 +64,7 @@ def together(work: Callable[..., object], folder: Path) -> None:
 
 
 def _join(rank: int, folder: Path, work: Callable[..., object]) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder / 'meeting'}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+    meet(folder / "meeting", rank)
     work(folder)
     distributed.destroy_process_group()
 

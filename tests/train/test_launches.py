@@ -8,10 +8,10 @@ import signal
 import subprocess
 import sys
 import time
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
+from meeting import meet
 from probe_runs import assert_same_run, run
 from torch import distributed, multiprocessing
 
@@ -20,7 +20,6 @@ from roadvla.train import interrupt
 from roadvla.train import trainer as trainers
 from roadvla.train.interrupt import Preempted, catch_interrupts, raise_queue_signals
 from roadvla.train.resume import agreed_start
-from roadvla.world import World
 
 LONG = """
     debug --num-envs 8 --total-env-steps 38400 --minibatch 32 --accumulation 2 --epochs 1
@@ -174,17 +173,11 @@ def together(folder: Path, *arguments: object) -> list[list[bool]]:
 
 def _decide(rank: int, meeting: Path, folder: Path, name: str, asked: dict[str, bool]) -> None:
     os.environ |= {"TORCHELASTIC_RESTART_COUNT": str(rank), "TORCHELASTIC_RUN_ID": name}
-    distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting}",
-        rank=rank,
-        world_size=2,
-        timeout=timedelta(seconds=60),
-    )
+    world = meet(meeting, rank)
     options = {"resume": False, "if_begun": False, "force": False, **asked}
     # The second host's disk lags: it sees no run.
     seen = folder / "run" if rank == 0 else folder / "elsewhere"
-    found = agreed_start(seen, World.current(), **options)
+    found = agreed_start(seen, world, **options)
     meeting.with_suffix(f".{rank}").write_text(json.dumps(found))
     distributed.destroy_process_group()
 

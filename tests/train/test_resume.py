@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
+from meeting import meet
 from test_checkpoint import save, trained
 from test_manifest import flip
 from torch import distributed, multiprocessing
@@ -18,14 +18,6 @@ from roadvla.errors import UserError, WorkerError
 from roadvla.train import resume
 from roadvla.train.loop import train
 from roadvla.train.resume import agreed_checkpoint
-from roadvla.world import World
-
-
-def _meet(folder: Path, rank: int) -> World:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
-    return World.current()
 
 
 def _refuse(*_: object) -> None:
@@ -33,7 +25,7 @@ def _refuse(*_: object) -> None:
 
 
 def _choose(rank: int, folder: Path, cases: tuple[str, ...]) -> None:
-    world = _meet(folder, rank)
+    world = meet(folder / "meeting", rank)
     if rank:
         resume.good_checkpoint = _refuse
     for case in cases:
@@ -123,7 +115,7 @@ def test_the_first_chooses_for_all(told: dict[str, list[list[str]]], case: str) 
 
 
 def _go_on(rank: int, folder: Path) -> None:
-    _meet(folder, rank)
+    meet(folder / "meeting", rank)
     experiment = probe_experiment(folder / "run")
     with pytest.raises(UserError, match="2 processes were started with different settings"):
         train(replace(experiment, seed=rank), resume=True, parts=PARTS)

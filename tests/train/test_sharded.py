@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from meeting import meet
 from safetensors.torch import load_file
 from torch import distributed, multiprocessing
 
@@ -61,9 +62,7 @@ def runs(folder: Path, critic: Path, **openvla: object) -> None:
 
 
 def _together(rank: int, size: int, folder: Path, critic: Path) -> None:
-    torch.set_num_threads(1)
-    meeting = f"file://{folder / 'meeting'}"
-    distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    meet(folder / "meeting", rank, size)
     runs(folder, critic, shard=True)
     trainer = Trainer(
         wanted := experiment(folder, "looked-at", shard=True),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import stat
 import struct
 import tokenize
 import zipfile
@@ -20,7 +19,7 @@ import torch
 from roadvla.errors import UserError
 from roadvla.evaluation.evaluate import SPLITS, Evaluation, Film
 from roadvla.evaluation.failures import EVENTS, check_modes
-from roadvla.files import read_json, sync_folder, written_beside
+from roadvla.files import check_plain, read_json, sync_folder, written_beside
 
 _MAX_FILM = 2 << 30
 # NumPy parses an array's header as Python, and zipfile what it finds: either fails in many ways.
@@ -215,8 +214,7 @@ def _film_array(data: Mapping[str, Any], name: str) -> np.ndarray:
 
 def _check_film_size(path: Path) -> None:
     """Refuse what would fill the memory: an archive says beforehand how large its arrays are."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise ValueError("it is not a plain file")
+    check_plain(path, limit=_MAX_FILM)
     with zipfile.ZipFile(path) as archive:
         size = sum(member.file_size for member in archive.infolist())
     if size > _MAX_FILM:

@@ -121,19 +121,15 @@ def paired_difference(
     """
     if outcomes.shape != baseline.shape:
         raise ValueError(f"shapes differ: {outcomes.shape} and {baseline.shape}")
-    difference = outcomes.astype(np.float64) - baseline
-    draws = bootstrap(difference, "episodes", RESAMPLES)
-    centre, error = bonett_price(difference)
-    half = _normal_quantile(level) * error
-    closed = max(-1.0, centre - half), min(1.0, centre + half)
-    low, high = _widest(difference.mean(1), draws, closed, level)
-    return Estimate(float(difference.mean()), low, high, *difference.shape)
+    return paired_mean_difference([outcomes.astype(np.float64) - baseline], [1.0], level)
 
 
 def paired_mean_difference(
     differences: Sequence[Real[np.ndarray, "S N"]], weights: Sequence[float], level: float = 0.95
 ) -> Estimate:
     """Weighted mean of paired differences on several sets of episodes, by the same seeds.
+
+    The closed form adds up the sets' variances, for their episodes are different ones.
 
     Args:
         differences: Outcomes minus the baseline's, one table per set; row s is always seed s.
@@ -148,7 +144,7 @@ def paired_mean_difference(
     pairs = list(zip(weights, differences, strict=True))
     draws = np.sum(
         [
-            weight * bootstrap(table, f"episodes {number}", RESAMPLES)
+            weight * bootstrap(table, f"episodes {number}" if number else "episodes", RESAMPLES)
             for number, (weight, table) in enumerate(pairs)
         ],
         axis=0,
@@ -159,7 +155,8 @@ def paired_mean_difference(
     values = np.sum([weight * table.mean(axis=1) for weight, table in pairs], axis=0)
     low, high = _widest(values, draws, (max(-1.0, centre - half), min(1.0, centre + half)), level)
     episodes = sum(table.shape[1] for table in differences)
-    return Estimate(float(values.mean()), low, high, len(values), episodes)
+    mean = sum(weight * float(table.mean()) for weight, table in pairs)
+    return Estimate(mean, low, high, len(values), episodes)
 
 
 def unpaired_difference(

@@ -23,11 +23,13 @@ from roadvla.evaluation.records import (
     read_record,
     write_record,
 )
-from roadvla.experiments.grid import Cell, Grid
+from roadvla.experiments.grid import Cell, Grid, union
 from roadvla.experiments.stages import attribute, ensure_run, ensure_warm_up, trained
 from roadvla.files import read_json
 from roadvla.policy.base import Policy
+from roadvla.train.checkpoint import checkpoint_folder, latest_checkpoint
 from roadvla.train.config import Experiment
+from roadvla.train.listed import DamagedError
 from roadvla.train.metrics import read_metrics
 from roadvla.train.parts import parts_of
 from roadvla.train.run_folder import CONFIG
@@ -80,6 +82,15 @@ def is_finished(cell: Cell, grid: Grid) -> bool:
     return points <= drawn and all(measured.get(key) == asked for key in wanted)
 
 
+def finished_cells(grid: Grid) -> set[str]:
+    """Name the cells that have nothing left to do.
+
+    Raises:
+        UserError: As ``is_finished``.
+    """
+    return {name for name, cell in grid.cells.items() if is_finished(cell, grid)}
+
+
 def run_cell(cell: Cell, grid: Grid, origin: Origin) -> None:
     """Train and measure a cell, and write its record.
 
@@ -91,12 +102,11 @@ def run_cell(cell: Cell, grid: Grid, origin: Origin) -> None:
     known = _known(cell, grid)
     if known is not None:
         # Another study has measured it in settings of its own: they stay.
-        envs = {*cell.envs, *(outcomes.env for outcomes in known.outcomes)}
-        cell = replace(cell, envs=tuple(env for env in SETTINGS if env in envs))
+        cell = replace(cell, envs=union(cell.envs, (outcomes.env for outcomes in known.outcomes)))
     if experiment is None:
         if grid.warm_up is not None:
             ensure_warm_up(grid.warm_up)
-    else:
+    elif not _is_trained(cell, folder):
         _check_sources(experiment, cell)
         ensure_run(experiment)
     measuring = _Measuring(cell, grid, experiment or grid.base)
@@ -112,6 +122,14 @@ def _path(cell: Cell, grid: Grid) -> Path:
 def _known(cell: Cell, grid: Grid) -> RunRecord | None:
     path = _path(cell, grid)
     return read_record(path) if path.exists() else None
+
+
+def _is_trained(cell: Cell, folder: Path) -> bool:
+    """Whether its last checkpoint is there, also if what it started from has been moved since."""
+    root = folder / "checkpoints"
+    with suppress(DamagedError):
+        return latest_checkpoint(root) == checkpoint_folder(root, cell.curve[-1])
+    return False
 
 
 class _Measuring:

@@ -183,13 +183,13 @@ class _Builder:
             for other in needed:
                 self.cells.setdefault(other.name, other)
             known = self.cells.get(cell.name, cell)
-            self.cells[cell.name] = replace(known, envs=_union(known.envs, (env,)))
+            self.cells[cell.name] = replace(known, envs=union(known.envs, (env,)))
         return cell.name
 
     def finish(self) -> None:
         """Let the warm-up be measured wherever a method is."""
         warmup = replace(
-            self.warmup, envs=_union((), (env for cell in self.cells.values() for env in cell.envs))
+            self.warmup, envs=union((), (env for cell in self.cells.values() for env in cell.envs))
         )
         self.cells = {
             warmup.name: warmup,
@@ -286,7 +286,8 @@ def _shared(env: str) -> str:
     return next(alias for alias, row in SETTINGS.items() if row.distribution("train") == train)
 
 
-def _union(first: Iterable[str], second: Iterable[str]) -> tuple[str, ...]:
+def union(first: Iterable[str], second: Iterable[str]) -> tuple[str, ...]:
+    """Join two groups of settings, in the order of the suite."""
     chosen = {*first, *second}
     return tuple(alias for alias in SETTINGS if alias in chosen)
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from functools import partial
 
 from rich.console import Console
 
 from roadvla.errors import UserError
-from roadvla.experiments.cell import Origin, is_finished, run_cell
+from roadvla.experiments.cell import Origin, run_cell
 from roadvla.experiments.executors import DiedError, Executor
 from roadvla.experiments.grid import Cell, Grid
 
@@ -30,16 +30,22 @@ class _State:
 
 
 def run_grid(
-    grid: Grid, executor: Executor, origin: Origin, *, say: Callable[[str], None] | None = None
+    grid: Grid,
+    executor: Executor,
+    origin: Origin,
+    *,
+    finished: Collection[str],
+    say: Callable[[str], None] | None = None,
 ) -> None:
     """Finish every cell of a grid.
 
     A cell whose process is killed is tried once more; it goes on from its last checkpoint.
 
     Args:
-        grid: What there is to do; finished cells are left alone.
+        grid: What there is to do.
         executor: Where cells run; closed here.
         origin: Noted in the records.
+        finished: Names of cells that are left alone.
         say: Shows a line of progress; on standard error unless given.
 
     Raises:
@@ -47,9 +53,8 @@ def run_grid(
         KeyboardInterrupt: After Ctrl-C; the running cells save first. A second one does not wait.
     """
     say = say or _to_stderr
-    finished = {name for name, cell in grid.cells.items() if is_finished(cell, grid)}
     todo = {name: cell for name, cell in grid.cells.items() if name not in finished}
-    state = _State(todo=todo, finished=finished)
+    state = _State(todo=todo, finished=set(finished))
     if finished:
         say(f"{len(finished)} of {len(grid.cells)} cells are finished already")
     try:

@@ -14,12 +14,7 @@ from roadvla.evaluation.evaluate import SPLITS, Evaluation, evaluate
 from roadvla.evaluation.files import count_filmed, find_evaluation, write_evaluation
 from roadvla.files import read_json
 from roadvla.policy import load_policy
-from roadvla.train.checkpoint import (
-    checkpoint_folder,
-    latest_checkpoint,
-    policy_folder,
-    read_progress,
-)
+from roadvla.train.checkpoint import policy_folder, read_progress
 from roadvla.train.config import EvaluationConfig, Experiment
 from roadvla.train.interrupt import raise_queue_signals, stopped
 from roadvla.train.loop import train
@@ -61,15 +56,8 @@ def ensure_warm_up(settings: WarmUp) -> Path:
 
 
 def ensure_run(experiment: Experiment) -> Path:
-    """Train, or go on where an earlier attempt stopped; a finished run returns at once.
-
-    It is finished, too, if its folder was moved since: what it started from is then elsewhere.
-    """
+    """Train, or go on where an earlier attempt stopped; a finished run returns at once."""
     folder = Path(experiment.output)
-    root = folder / "checkpoints"
-    last = max(experiment.kept_iterations, default=None)
-    if last is not None and latest_checkpoint(root) == checkpoint_folder(root, last):
-        return folder
     return train(experiment, resume=(folder / CONFIG).exists())
 
 

@@ -15,7 +15,7 @@ from roadvla.errors import UserError, unknown_name
 from roadvla.evaluation.machine import source_commit, usable_device
 from roadvla.evaluation.results import read_results, write_study
 from roadvla.experiments.budgets import BUDGETS, base_experiment
-from roadvla.experiments.cell import Origin, is_finished
+from roadvla.experiments.cell import Origin, finished_cells
 from roadvla.experiments.executors import Executor, LocalProcesses, RayCluster
 from roadvla.experiments.grid import Grid, build_grid
 from roadvla.experiments.paper_studies import STUDIES
@@ -84,12 +84,12 @@ def run_studies(request: StudyRequest) -> Path:
     usable_device(request.device)
     grid = _grid(request, root)
     with continued_by(command), locked(grid.root):
-        for cell in grid.cells.values():
-            is_finished(cell, grid)  # refuses what does not fit before anything is written
+        finished = finished_cells(grid)  # refuses what does not fit before anything is written
         for study in grid.studies:
             write_study(study, grid.root / "studies")
         try:
-            run_grid(grid, _executor(request), Origin(command=command, commit=source_commit()))
+            origin = Origin(command=command, commit=source_commit())
+            run_grid(grid, _executor(request), origin, finished=finished)
         except UserError:
             # What is finished is worth a look, whatever became of the rest.
             with suppress(UserError):

@@ -15,7 +15,6 @@ per episode), ``origin`` (environment, split, expert settings: for people).
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from roadvla.errors import UserError
-from roadvla.files import MAX_TENSORS, check_plain, parse_json, read_json, sync_folder
+from roadvla.files import MAX_TENSORS, check_plain, parse_json, read_json, write_whole
 from roadvla.policy.base import Policy
 from roadvla.train.run_folder import DEMONSTRATIONS
 from roadvla.types import Batch, Observation
@@ -129,17 +128,10 @@ def save_demonstrations(demonstrations: Demonstrations, path: Path) -> None:
     }
     tensors = {name: getattr(demonstrations, name).cpu().contiguous() for name in _TENSORS}
     data = save(tensors, metadata={_KEY: json.dumps(about)})
-    temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        write_whole(path, data)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or choose another folder"
         ) from error

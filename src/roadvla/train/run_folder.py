@@ -15,7 +15,7 @@ from typing import Any
 
 from roadvla.errors import UserError
 from roadvla.evaluation.machine import describe_machine
-from roadvla.files import read_json, sync_folder
+from roadvla.files import read_json, write_whole
 from roadvla.train.checkpoint import is_base, policy_folder
 from roadvla.train.config import Experiment
 from roadvla.train.diagnosis import FOLDER as DIAGNOSIS
@@ -124,16 +124,9 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         UserError: If it cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.partial")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        write_whole(path, f"{json.dumps(value, indent=1)}\n".encode())
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise _unwritable(path, error) from error
 
 

@@ -86,12 +86,12 @@ def adaptation(
     name = f"{study.name}-{what}-{split}"
     width = 3.3 * columns + 0.6
     svg, files = draw(name, (rows, columns), (width, 2.9 * rows), paint, folder, sharey=True)
-    counts = sorted(_episodes(results, study, settings, split))
+    counts = " or ".join(map(str, sorted(_episodes(results, study, settings, split))))
     label = "Success" if what == "success" else "Episodes with a grasp of the right object"
     caption = (
         f"{label} during adaptation, {_SPLITS[split]}: mean over seeds, shaded one standard "
-        f"deviation; the first point is the warm-up all start from. Each point is of "
-        f"{' or '.join(map(str, counts))} episodes, fewer than the final evaluations have."
+        f"deviation; the first point is the warm-up all start from. A point is of "
+        f"{counts} episodes."
     )
     return html.figure(svg, caption, _said(results, study, settings, split, what), files)
 

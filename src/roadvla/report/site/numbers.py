@@ -226,7 +226,7 @@ def _entry(
         entry.spread[split] = mean_and_std(outcomes.mean(axis=1))
         entry.grasped[split] = seed_interval(table(ours, setting, split, "grasped").astype(float))
         if method != study.baseline and common:
-            pair = _paired(ours, theirs, common, setting, split)
+            pair = paired(ours, theirs, common, setting, split)
             entry.versus[split] = paired_difference(*pair)
             if p_values:
                 entry.p[split] = p_value(*pair)
@@ -236,13 +236,14 @@ def _entry(
     return Entry(**{**entry.__dict__, "gap": gap})
 
 
-def _paired(
+def paired(
     ours: dict[int, RunRecord],
     theirs: dict[int, RunRecord],
     seeds: list[int],
     setting: str,
     split: str,
 ) -> tuple[np.ndarray, np.ndarray]:
+    """Outcomes of the same episodes under two methods, one row per seed."""
     first, second = (table({s: r[s] for s in seeds}, setting, split) for r in (ours, theirs))
     count = min(first.shape[1], second.shape[1])
     return first[:, :count].astype(float), second[:, :count].astype(float)

@@ -21,7 +21,7 @@ from roadvla.report.site.numbers import Entry, Overall, entries, established, ov
 from roadvla.report.site.origins import cost, provenance, summary, warnings
 from roadvla.report.site.plots import Look
 from roadvla.report.site.tables import markdown, overall_table, readings_table, study_table
-from roadvla.report.site.tuned import rivals, tuned_markdown, tuned_table
+from roadvla.report.site.tuned import Rival, rivals, tuned_markdown, tuned_table
 
 _ORDER = (
     *("table1", "table2", "table5", "alpha", "reference", "dynamics", "grasp"),
@@ -81,6 +81,15 @@ class _Builder:
             for study in studies
         }
 
+        self._rivals: dict[str, dict[bool, list[Rival]]] = {
+            study.name: {
+                in_all: rivals(results, study, self._entries[study.name], in_all=in_all)
+                for in_all in (False, True)
+            }
+            for study in studies
+            if study.name == "readings"
+        }
+
     def page(self, command: str | None) -> str:
         """The whole file."""
         sections = [
@@ -123,11 +132,9 @@ class _Builder:
             rows, total = self._entries[name], self._overall[name]
             text = markdown(rows, total, study.baseline)
             (folder / f"{name}.md").write_text(f"{study.title}\n\n{text}", encoding="utf-8")
-            if name == "readings":
-                for label, in_all in (("own", False), ("all", True)):
-                    text = tuned_markdown(rivals(self._results, study, in_all=in_all))
-                    path = folder / f"{name}-tuned-{label}-steps.md"
-                    path.write_text(text, encoding="utf-8")
+            for in_all, found in self._rivals.get(name, {}).items():
+                path = folder / f"{name}-tuned-{'all' if in_all else 'own'}-steps.md"
+                path.write_text(tuned_markdown(found), encoding="utf-8")
             numbers[name] = {
                 "entries": [asdict(row) for row in rows],
                 "overall": [asdict(row) for row in total],
@@ -201,8 +208,8 @@ class _Builder:
             self._found(study),
             readings_table(self._entries[study.name], study.baseline),
             *(
-                tuned_table(rivals(self._results, study, in_all=in_all), in_all=in_all)
-                for in_all in (False, True)
+                tuned_table(found, in_all=in_all)
+                for in_all, found in self._rivals[study.name].items()
             ),
         ]
 

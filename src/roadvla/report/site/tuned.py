@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 
-from roadvla.evaluation.aggregate import holm
+from roadvla.evaluation.aggregate import holm, p_value
 from roadvla.evaluation.evaluate import SPLITS
 from roadvla.evaluation.records import RunRecord
 from roadvla.evaluation.results import Results, StudyRecord
-from roadvla.evaluation.stats import Estimate
+from roadvla.evaluation.stats import Estimate, paired_difference
 from roadvla.report.site import html
-from roadvla.report.site.numbers import Entry, cells, entries
+from roadvla.report.site.numbers import Entry, cells, paired
 from roadvla.report.site.tables import NAMES, difference, plain_difference
 
 _PLAIN = {"algo": "ppo", "surrogate_advantage": "int", "control": "none", "reference_critic": None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Rival:
     """A reading beside the best plain PPO of some number of steps.
 
@@ -27,6 +27,7 @@ class Rival:
         against: The PPO.
         steps: Of the comparison.
         versus: Difference on the same episodes by split.
+        p: Of it, by split, not adjusted.
         adjusted: p by split, after Holm's correction over all rows of the table.
     """
 
@@ -35,10 +36,13 @@ class Rival:
     against: str
     steps: int
     versus: dict[str, Estimate]
-    adjusted: dict[str, float]
+    p: dict[str, float]
+    adjusted: dict[str, float] = field(default_factory=dict)
 
 
-def rivals(results: Results, study: StudyRecord, *, in_all: bool) -> list[Rival]:
+def rivals(
+    results: Results, study: StudyRecord, rows: Sequence[Entry], *, in_all: bool
+) -> list[Rival]:
     """Compare each finished method that is no plain PPO with the best plain PPO of as many steps.
 
     Best is by success out of distribution on the very episodes that are compared, which favours
@@ -47,54 +51,39 @@ def rivals(results: Results, study: StudyRecord, *, in_all: bool) -> list[Rival]
     Args:
         results: All records.
         study: Which.
+        rows: Its rows, as ``entries`` has them.
         in_all: Whether steps that a critic or start had taken before count, on both sides.
     """
-    found = [
-        pair
-        for setting in study.settings
-        for pair in _in_setting(results, replace(study, settings=(setting,)), in_all=in_all)
-    ]
-    adjusted = {split: holm([entry.p[split] for entry, _, _ in found]) for split in SPLITS}
-    return [
-        Rival(
-            setting=entry.setting,
-            method=entry.method,
-            against=against,
-            steps=steps,
-            versus=entry.versus,
-            adjusted={split: adjusted[split][i] for split in SPLITS},
-        )
-        for i, (entry, against, steps) in enumerate(found)
-    ]
-
-
-def _in_setting(
-    results: Results, study: StudyRecord, *, in_all: bool
-) -> list[tuple[Entry, str, int]]:
-    """Rows of the methods that are no plain PPO, the PPO each is compared with, and their steps."""
-    (setting,) = study.settings
-    rows = {entry.method: entry for entry in entries(results, study) if entry.complete}
-    plain = {
-        name
-        for name in rows
-        if all(_is_plain(record) for record in cells(results, study, name, setting).values())
-    }
-    best: dict[int, str] = {}
-    for name in sorted(plain, key=lambda name: rows[name].rate["test"].mean):
-        best[_steps(rows[name], in_all=in_all)] = name
-    found = []
-    for steps, against in best.items():
-        ours = [
-            name
-            for name, row in rows.items()
-            if name not in plain and _steps(row, in_all=in_all) == steps
-        ]
-        compared = replace(study, baseline=against, methods=(against, *ours))
-        found += [
-            (entry, against, steps)
-            for entry in entries(results, compared, p_values=True)
-            if entry.method != against
-        ]
+    found: list[Rival] = []
+    for setting in study.settings:
+        done = {row.method: row for row in rows if row.setting == setting and row.complete}
+        records = {name: cells(results, study, name, setting) for name in done}
+        steps = {name: _steps(row, in_all=in_all) for name, row in done.items()}
+        plain = [n for n, runs in records.items() if all(map(_is_plain, runs.values()))]
+        best = {
+            steps[name]: name
+            for name in sorted(plain, key=lambda name: done[name].rate["test"].mean)
+        }
+        for name, count in steps.items():
+            if name in plain or count not in best:
+                continue
+            seeds = sorted(records[name])
+            pairs = {
+                split: paired(records[name], records[best[count]], seeds, setting, split)
+                for split in SPLITS
+            }
+            rival = Rival(
+                setting=setting,
+                method=name,
+                against=best[count],
+                steps=count,
+                versus={split: paired_difference(*pair) for split, pair in pairs.items()},
+                p={split: p_value(*pair) for split, pair in pairs.items()},
+            )
+            found.append(rival)
+    for split in SPLITS:
+        for rival, p in zip(found, holm([rival.p[split] for rival in found]), strict=True):
+            rival.adjusted[split] = p
     return found
 
 
